@@ -1,0 +1,3 @@
+"""Distributed training of So3krates machine-learned force fields."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,1 @@
+"""From shards to minibatches: blocks on disk, the global order, neighbour pairs, statistics."""

@@ -1,0 +1,161 @@
+"""From shards to minibatches: reads the blocks that the plan asks for and builds graphs with neighbour pairs.
+
+A training batch is a pure function of the step, so worker processes, resuming and the number of processes change nothing
+about it. Evaluation reads a split from front to back.
+"""
+
+import functools
+import signal
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from so3krates_dist.config import RunConfig
+from so3krates_dist.data.neighbors import build_neighbors
+from so3krates_dist.data.plan import Place, Plan
+from so3krates_dist.data.shards import Block, BlockEntry, BlockReader, Manifest, ShardEntry, load_manifest
+from so3krates_dist.errors import DataError
+from so3krates_dist.graph import Graph, GraphBatch, collate
+
+
+def _list_blocks(manifest: Manifest, split: str) -> list[tuple[ShardEntry, BlockEntry]]:
+    blocks = [(shard, block) for shard in manifest.of_split(split) for block in shard.blocks]
+    if not blocks:
+        raise DataError(
+            f"split `{split}` of {manifest.name}",
+            "have conformers",
+            "none",
+            "Make the data set with a larger share for it",
+        )
+    return blocks
+
+
+class TrainingStream(Dataset[list[GraphBatch]]):
+    """The batches of one process: item k is its micro-batches of step k.
+
+    Args:
+        folder: Data set.
+        manifest: Of the data set.
+        config: Batch size, lanes, window, seed, micro-batches, and the model's cutoff.
+        rank: This process.
+        world_size: Processes; divides the lanes.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, config: RunConfig, rank: int, world_size: int) -> None:
+        self._blocks = _list_blocks(manifest, "train")
+        self._reader = BlockReader(folder)
+        self._cutoff = config.model.cutoff
+        section, micro_batches = config.data, config.train.micro_batches
+        self.plan = Plan(
+            [b.num_conformers for _, b in self._blocks],
+            batch_size=section.batch_size, lanes=section.lanes, window_blocks=section.window_blocks, seed=config.run.seed,
+        )  # fmt: skip
+        per_rank = section.lanes // world_size
+        own = range(rank * per_rank, (rank + 1) * per_rank)
+        per_micro = per_rank // micro_batches
+        self._lanes = [own[i : i + per_micro] for i in range(0, per_rank, per_micro)]
+        self._window: tuple[int, int] | None = None
+        self._lane_graphs: dict[int, list[list[Graph]]] = {}
+
+    def __getitem__(self, step: int) -> list[GraphBatch]:
+        """Return the micro-batches of this process at a step; one may be empty where a batch has few conformers."""
+        place = self.plan.locate(step)
+        if self._window != (place.epoch, place.window):
+            self._lane_graphs = self._load_window(place)
+            self._window = (place.epoch, place.window)
+        batches = []
+        for lanes in self._lanes:
+            graphs = [g for lane in lanes for g in self._lane_graphs[lane][place.slot]]
+            batches.append(collate([build_neighbors(g, self._cutoff) for g in graphs]))
+        return batches
+
+    def _load_window(self, place: Place) -> dict[int, list[list[Graph]]]:
+        """Read the blocks of this process's lanes; return for each lane the conformers of each slot."""
+
+        @functools.cache
+        def read(block: int) -> Block:
+            return self._reader.read(*self._blocks[block])
+
+        lanes: dict[int, list[list[Graph]]] = {}
+        for lane in (lane for group in self._lanes for lane in group):
+            rows = self.plan.rows_of_lane(place, lane)
+            graphs = [read(int(block)).graph(int(index)) for block, index in rows]
+            costs = np.array([estimate_cost(g.num_atoms) for g in graphs])
+            slots = self.plan.slots_of_lane(place, lane, costs)
+            dealt: list[list[Graph]] = [[] for _ in range(self.plan.num_slots(place))]
+            for graph, slot in zip(graphs, slots, strict=True):
+                dealt[slot].append(graph)
+            lanes[lane] = dealt
+        return lanes
+
+
+def estimate_cost(num_atoms: int) -> float:
+    """Return the cost of a conformer in neighbour pairs before they are known: half of at most 27 neighbours an atom.
+
+    Neighbours within 5 Å in SPICE's geometries grow from 4.5 at 5 atoms to 27 at 90; an atom costs about 6 edges.
+    """
+    neighbors = min(num_atoms - 1, 27)
+    return num_atoms * (neighbors + 6) / 2
+
+
+def build_loader(
+    stream: TrainingStream, steps: Sequence[int], *, num_workers: int, device: torch.device
+) -> Iterator[list[GraphBatch]]:
+    """Return an iterator over the steps' micro-batches, prepared ahead where there are worker processes."""
+    loader = DataLoader(
+        stream, batch_size=None, sampler=steps, num_workers=num_workers, pin_memory=device.type == "cuda",
+        worker_init_fn=_start_worker if num_workers else None, prefetch_factor=2 if num_workers else None,
+    )  # fmt: skip
+    return iter(loader)
+
+
+def _start_worker(_number: int) -> None:
+    """Ignore the signals that ask a run to stop: the training process decides, and needs its workers until then."""
+    torch.set_num_threads(1)
+    for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(name, signal.SIG_IGN)
+
+
+def iter_graphs(folder: Path, manifest: Manifest, split: str) -> Iterator[Graph]:
+    """Yield every conformer of a split once, in the order it was stored."""
+    reader = BlockReader(folder)
+    try:
+        for shard, block in _list_blocks(manifest, split):
+            yield from reader.read(shard, block)
+    finally:
+        reader.close()
+
+
+def iter_batches(
+    folder: Path, split: str, *, batch_size: int, cutoff: float, rank: int = 0, world_size: int = 1, limit: int = 0
+) -> Iterator[GraphBatch]:
+    """Yield batches of a split for evaluation: every conformer once, batches dealt to the processes in turn.
+
+    Args:
+        folder: Data set.
+        split: `train`, `validation` or `test`.
+        batch_size: Conformers per batch.
+        cutoff: Å, for neighbour pairs.
+        rank: This process.
+        world_size: Processes.
+        limit: Stop after that many conformers; 0: all.
+
+    Raises:
+        DataError: The split is empty, or a shard is damaged.
+    """
+    manifest = load_manifest(folder)
+    waiting: list[Graph] = []
+    number = 0
+    for count, graph in enumerate(iter_graphs(folder, manifest, split)):
+        if limit and count == limit:
+            break
+        waiting.append(graph)
+        if len(waiting) == batch_size:
+            if number % world_size == rank:
+                yield collate([build_neighbors(g, cutoff) for g in waiting])
+            waiting, number = [], number + 1
+    if waiting and number % world_size == rank:
+        yield collate([build_neighbors(g, cutoff) for g in waiting])

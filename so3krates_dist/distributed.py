@@ -1,0 +1,136 @@
+"""Processes: who am I, seeds, small reductions; the only reader of RANK, WORLD_SIZE and SLURM_*.
+
+Understands the environments of the `deepspeed` launcher, torchrun and srun, and a single process with none of them.
+"""
+
+import dataclasses
+import os
+import random
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from so3krates_dist.errors import ConfigError
+
+COLLECTIVE_TIMEOUT_SECONDS = 600
+"""A process that waits longer than this for the others gives up with an error"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Rank:
+    """Which process of the run this is."""
+
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+    local_world_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes what is written once."""
+        return self.rank == 0
+
+
+def read_rank(environment: Mapping[str, str] = os.environ) -> Rank:
+    """Read which process this is from the launcher's environment.
+
+    Raises:
+        ConfigError: The launcher's variables contradict each other.
+    """
+    if "RANK" in environment:  # deepspeed, torchrun
+        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+        local_size = environment.get("LOCAL_SIZE") or environment.get("LOCAL_WORLD_SIZE") or "1"
+    elif int(environment.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in environment:  # srun
+        names = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS")
+        local_size = environment.get("SLURM_NTASKS_PER_NODE", "1")
+    else:
+        return Rank()
+    try:
+        rank, local_rank, world_size = (int(environment[n]) for n in names)
+        result = Rank(rank=rank, local_rank=local_rank, world_size=world_size, local_world_size=int(local_size))
+    except (KeyError, ValueError) as error:
+        raise ConfigError(
+            "launcher environment", f"set {', '.join(names)} to integers", str(error), "Start through one launcher"
+        ) from error
+    if not 0 <= rank < world_size:
+        raise ConfigError("RANK", f"be less than WORLD_SIZE ({world_size})", rank, "Start through one launcher")
+    return result
+
+
+def choose_device(choice: str, rank: Rank) -> torch.device:
+    """Return the device of this process.
+
+    Args:
+        choice: `auto`, `cpu` or `cuda`.
+        rank: This process.
+
+    Raises:
+        ConfigError: `cuda` was asked for and there is none.
+    """
+    available = torch.cuda.is_available()
+    if choice == "cuda" and not available:
+        raise ConfigError("train.device", "be auto or cpu on this machine", "cuda", "No GPU was found here")
+    if choice == "cpu" or not available:
+        return torch.device("cpu")
+    # A launcher may show each process one GPU only; then its index is 0 whatever the local rank.
+    return torch.device("cuda", rank.local_rank % torch.cuda.device_count())
+
+
+def start_processes(rank: Rank, device: torch.device) -> None:
+    """Join the process group: NCCL on GPUs, gloo on CPUs; a single process needs no port."""
+    timeout = timedelta(seconds=COLLECTIVE_TIMEOUT_SECONDS)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if rank.world_size == 1:
+        dist.init_process_group(
+            backend, store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1, timeout=timeout
+        )
+    else:
+        dist.init_process_group(backend, rank=rank.rank, world_size=rank.world_size, timeout=timeout)
+
+
+def stop_processes() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, numpy and torch alike on all processes: initial weights must agree."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 - vendors may draw from numpy's global generator
+    torch.manual_seed(seed)
+
+
+def reduce_sum(values: Sequence[float], device: torch.device) -> list[float]:
+    """Sum a few numbers over all processes, in float64; the result is the same on all of them.
+
+    Any nan makes the sum nan everywhere, so all processes take the same decision about it.
+    """
+    tensor = torch.tensor(values, dtype=torch.float64, device=device)
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(tensor)
+    return [float(v) for v in tensor.tolist()]
+
+
+def broadcast_text(text: str, device: torch.device) -> str:
+    """Return rank 0's text on all processes, so that all act on one finding."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return text
+    content = torch.tensor(list(text.encode()), dtype=torch.uint8, device=device)
+    size = torch.tensor([len(content)], device=device)
+    dist.broadcast(size, 0)
+    if dist.get_rank() != 0:
+        content = torch.zeros(int(size), dtype=torch.uint8, device=device)
+    dist.broadcast(content, 0)
+    return bytes(content.tolist()).decode()
+
+
+def wait_for_all() -> None:
+    """Wait until all processes have come here."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.barrier()

@@ -1,0 +1,111 @@
+"""What layers are made of besides attention: initial values, linear maps, normalisation, per-atom networks, exchange.
+
+Sources: Euclidean transformer (arXiv 2309.15126), SO3LR (10.1021/jacs.5c09558); shared specification, sections 1, 3 and 4.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Final
+
+import torch
+from torch import nn
+from torch.nn.functional import silu
+
+from so3krates_dist.model.spherical import DegreeMaps
+
+LAYER_NORM_EPSILON: Final = 1e-6
+"""the papers' value; torch's default 1e-5 moves forces of SO3LR by up to 1.1 meV/Å (spec section 9, trap 5)"""
+
+_TRUNCATED_STD: Final = 0.87962566103423978
+"""standard deviation of a normal distribution cut at two standard deviations"""
+
+
+def initialize_lecun(weight: torch.Tensor, fan_in: int) -> None:
+    """Fill with a normal distribution cut at two standard deviations, of variance 1 / fan_in."""
+    with torch.no_grad():
+        nn.init.trunc_normal_(weight, std=1.0, a=-2.0, b=2.0).mul_(1 / (_TRUNCATED_STD * math.sqrt(fan_in)))
+
+
+class Linear(nn.Linear):
+    """An affine map with the papers' initial values: truncated normal weights of variance 1/fan_in, zero bias."""
+
+    def reset_parameters(self) -> None:
+        """Draw initial values."""
+        initialize_lecun(self.weight, self.in_features)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+
+def build_layer_norm(num_features: int, enabled: bool) -> nn.Module:
+    """Return a LayerNorm with the papers' epsilon, or nothing."""
+    return nn.LayerNorm(num_features, eps=LAYER_NORM_EPSILON) if enabled else nn.Identity()
+
+
+class GatedResidual(nn.Module):
+    """x <- silu(v + silu(silu(v) W1) W2) W3 with v = x, bias-free and not itself residual (Euclidean transformer)."""
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.inner_first = Linear(num_features, num_features, bias=False)
+        self.inner_second = Linear(num_features, num_features, bias=False)
+        self.outer = Linear(num_features, num_features, bias=False)
+
+    def forward(self, inv_features: torch.Tensor) -> torch.Tensor:
+        """Map (num_atoms, num_features) to the same shape."""
+        inner = self.inner_second(silu(self.inner_first(silu(inv_features))))
+        updated: torch.Tensor = self.outer(silu(inv_features + inner))
+        return updated
+
+
+class PreactivationResidual(nn.Module):
+    """x <- x + W2 silu(W1 silu(x)), with biases (SO3LR)."""
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.first = Linear(num_features, num_features)
+        self.second = Linear(num_features, num_features)
+
+    def forward(self, inv_features: torch.Tensor) -> torch.Tensor:
+        """Map (num_atoms, num_features) to the same shape."""
+        change: torch.Tensor = self.second(silu(self.first(silu(inv_features))))
+        return inv_features + change
+
+
+RESIDUAL_MLPS: Final[dict[str, tuple[Callable[[int], nn.Module], Callable[[int], nn.Module]]]] = {
+    # name: (after attention, after exchange)
+    "none": (lambda _: nn.Identity(), lambda _: nn.Identity()),
+    "gated": (GatedResidual, GatedResidual),
+    "preactivation": (PreactivationResidual, lambda _: nn.Identity()),
+}
+
+
+class Exchange(nn.Module):
+    """Lets invariant features and Euclidean variables of one atom see each other.
+
+    [a, b] = W [x, I(chi)] + c; x <- x + a; chi_l <- chi_l + b_l chi_l (Euclidean transformer; spec section 3).
+
+    Args:
+        num_features: F.
+        maps: Tables of the degrees.
+    """
+
+    def __init__(self, num_features: int, maps: DegreeMaps) -> None:
+        super().__init__()
+        self.num_features = num_features
+        self.maps = maps
+        width = num_features + maps.contraction.shape[1]
+        self.linear = Linear(width, width)
+
+    def forward(self, normed: torch.Tensor, ev_features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the changes of both.
+
+        Args:
+            normed: (num_atoms, F) invariant features, normalised where the model does so first.
+            ev_features: (num_atoms, ev_dim) Euclidean variables.
+
+        Returns:
+            (num_atoms, F) and (num_atoms, ev_dim), to be added to x and chi.
+        """
+        mixed = self.linear(torch.cat([normed, self.maps.compute_invariants(ev_features)], dim=-1))
+        change, factors = mixed.split([self.num_features, mixed.shape[-1] - self.num_features], dim=-1)
+        return change, self.maps.repeat(factors) * ev_features
