@@ -194,6 +194,8 @@ class TrainSection:
     """steps between evaluations on the validation split"""
     save_every: int = 500
     """steps between checkpoints"""
+    stop_at: int = 0
+    """save and stop after this many steps, as if asked to stop; the same command without it goes on; 0: run to the end"""
     keep_checkpoints: int = 2
     """checkpoints kept, at least 2: the newest may be damaged"""
     max_skipped_steps: int = 10
@@ -207,7 +209,7 @@ class TrainSection:
             positive=("num_steps", "learning_rate", "micro_batches", "log_every", "validate_every", "save_every"),
             at_least_zero=(
                 "final_learning_rate", "warmup_steps", "weight_decay", "gradient_clipping", "energy_weight",
-                "forces_weight", "stress_weight", "max_skipped_steps",
+                "forces_weight", "stress_weight", "max_skipped_steps", "stop_at",
             ),
         )  # fmt: skip
         for name in ("adam_beta1", "adam_beta2", "ema_decay"):

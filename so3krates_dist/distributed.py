@@ -3,6 +3,7 @@
 Understands the environments of the `deepspeed` launcher, torchrun and srun, and a single process with none of them.
 """
 
+import ctypes
 import dataclasses
 import os
 import random
@@ -17,6 +18,11 @@ from so3krates_dist.errors import ConfigError
 
 COLLECTIVE_TIMEOUT_SECONDS = 600
 """A process that waits longer than this for the others gives up with an error"""
+
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+"""glibc's malloc.h"""
+_KEEP_BYTES = 2**30
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,12 +85,32 @@ def choose_device(choice: str, rank: Rank) -> torch.device:
     return torch.device("cuda", rank.local_rank % torch.cuda.device_count())
 
 
+def tune_machine(threads: int, device: torch.device) -> None:
+    """Set the CPU threads of this process, and keep glibc from giving memory back after every operation.
+
+    Tensors of some 100 kB would otherwise be mapped and unmapped each time, at the price of page faults: a training step on
+    CPU takes about a seventh longer (tests/benchmarks/allocator.md).
+
+    Args:
+        threads: CPU threads of this process.
+        device: Of this process.
+    """
+    torch.set_num_threads(threads)
+    if device.type == "cpu":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc only
+        if mallopt is not None:
+            mallopt(_M_MMAP_THRESHOLD, _KEEP_BYTES)
+            mallopt(_M_TRIM_THRESHOLD, _KEEP_BYTES)
+
+
 def start_processes(rank: Rank, device: torch.device) -> None:
     """Join the process group: NCCL on GPUs, gloo on CPUs; a single process needs no port."""
     timeout = timedelta(seconds=COLLECTIVE_TIMEOUT_SECONDS)
     backend = "nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    # DeepSpeed looks these up itself; srun and a single process have not set them.
+    os.environ |= {"RANK": str(rank.rank), "LOCAL_RANK": str(rank.local_rank), "WORLD_SIZE": str(rank.world_size)}
     if rank.world_size == 1:
         dist.init_process_group(
             backend, store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1, timeout=timeout
@@ -104,6 +130,14 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002 - vendors may draw from numpy's global generator
     torch.manual_seed(seed)
+
+
+def seed_step(seed: int, step: int, rank: Rank) -> None:
+    """Seed torch for one step of one process.
+
+    Random numbers are then a function of the step, like the data: a resumed run draws the same ones, with no state to keep.
+    """
+    torch.manual_seed(((seed * 1_000_003 + step) * 65_537 + rank.rank) % 2**63)
 
 
 def reduce_sum(values: Sequence[float], device: torch.device) -> list[float]:

@@ -1,0 +1,66 @@
+"""What interrupts the usual course of a run: losses that are not finite, and requests to stop.
+
+Both are decided by all processes together, from one sum per step.
+"""
+
+import signal
+from pathlib import Path
+from types import FrameType
+
+from so3krates_dist.errors import NonFiniteError
+
+STOP_NAME = "STOP"
+"""A file of this name in the run folder asks the run to save and stop"""
+
+
+class FiniteGuard:
+    """Counts steps that were skipped because the loss or its gradient was not finite.
+
+    Args:
+        max_skipped: How many in a row are allowed.
+    """
+
+    def __init__(self, max_skipped: int) -> None:
+        self._max_skipped = max_skipped
+        self._in_a_row = 0
+
+    def record(self, step: int, applied: bool) -> None:
+        """Take note of a step.
+
+        Raises:
+            NonFiniteError: Too many were skipped in a row.
+        """
+        self._in_a_row = 0 if applied else self._in_a_row + 1
+        if self._in_a_row > self._max_skipped:
+            raise NonFiniteError(
+                f"step {step}", f"have a finite loss and gradient in one of {self._max_skipped + 1} steps", "none",
+                "Lower train.learning_rate, or check the labels with `so3krates validate`; the last checkpoint is intact",
+            )  # fmt: skip
+
+
+class StopRequest:
+    """Notices SIGTERM, SIGINT, SIGUSR1 and the stop file; handlers only set a flag.
+
+    Args:
+        folder: Run folder, where the stop file is looked for.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+    def __init__(self, folder: Path) -> None:
+        self._file = folder / STOP_NAME
+        self._received = False
+        self._previous = {number: signal.signal(number, self._receive) for number in self.SIGNALS}
+
+    def _receive(self, _number: int, _frame: FrameType | None) -> None:
+        self._received = True
+
+    def is_pending(self) -> bool:
+        """Whether this process has been asked to stop."""
+        return self._received or self._file.exists()
+
+    def close(self) -> None:
+        """Put the previous handlers back and remove the stop file, which has been obeyed."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._file.unlink(missing_ok=True)

@@ -1,0 +1,58 @@
+"""Figures of the steps between two lines of the log: means of what was learned, rates, and where the time went."""
+
+import contextlib
+import math
+import time
+from collections.abc import Iterator, Mapping
+
+_MEANS = ("loss", "energy_mae_per_atom", "forces_mae", "gradient_norm")
+
+
+class StepWindow:
+    """Adds up the figures of steps and the time spent waiting for data; evaluating and saving do not count as training."""
+
+    def __init__(self) -> None:
+        self._begin()
+
+    def _begin(self) -> None:
+        self._steps: list[Mapping[str, float]] = []
+        self._waited = self._paused = 0.0
+        self._start = time.perf_counter()
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count the time inside as waiting for data."""
+        start = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - start
+
+    @contextlib.contextmanager
+    def pausing(self) -> Iterator[None]:
+        """Do not count the time inside."""
+        start = time.perf_counter()
+        yield
+        self._paused += time.perf_counter() - start
+
+    def add(self, facts: Mapping[str, float]) -> None:
+        """Take note of a step."""
+        self._steps.append(facts)
+
+    def summarize(self, *, epoch: float) -> dict[str, float]:
+        """Return the figures of the steps since the last call, and begin anew.
+
+        Args:
+            epoch: Passes through the data so far.
+        """
+        seconds = max(time.perf_counter() - self._start - self._paused, 1e-9)
+        applied = [f for f in self._steps if f["applied"]]
+        figures = {name: sum(f[name] for f in applied) / len(applied) if applied else math.nan for name in _MEANS}
+        figures |= {
+            "learning_rate": self._steps[-1]["learning_rate"],
+            "skipped_steps": float(len(self._steps) - len(applied)),
+            "conformers_per_second": sum(f["conformers"] for f in self._steps) / seconds,
+            "seconds_per_step": seconds / len(self._steps),
+            "data_wait_share": self._waited / seconds,
+            "epoch": epoch,
+        }
+        self._begin()
+        return figures
