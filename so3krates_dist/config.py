@@ -10,6 +10,7 @@ import difflib
 import itertools
 import math
 import os
+import re
 import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -310,9 +311,36 @@ def _check_keys(content: Any, source: str, prefix: str = "") -> None:
             _check_keys(value, source, f"{dotted}.")
 
 
+class _YamlLoader(yaml.SafeLoader):
+    """YAML 1.2's scalars: `off` and `no` are words, `1e-3` is a number (PyYAML follows YAML 1.1)."""
+
+    yaml_implicit_resolvers: typing.ClassVar[dict[str, Any]] = {
+        first: [
+            (tag, pattern)
+            for tag, pattern in resolvers
+            if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")
+        ]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+_YamlLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|false)$", re.IGNORECASE), list("tTfF")
+)
+_YamlLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:\.inf|\.nan|nan|(?:\.\d+|\d+\.\d*)(?:e[-+]?\d+)?|\d+e[-+]?\d+)$", re.IGNORECASE),
+    list("-+.0123456789nN"),
+)
+
+
+def _load_yaml(text: str) -> Any:
+    return yaml.load(text, Loader=_YamlLoader)
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        content = _load_yaml(path.read_text(encoding="utf-8")) or {}
     except (OSError, yaml.YAMLError) as error:
         raise ConfigError(str(path), "be a readable YAML file", type(error).__name__, "Repair the file") from error
     if not isinstance(content, dict):
@@ -413,7 +441,7 @@ def _parse_value(key: str, text: str) -> Any:
     if _known_keys().get(key) is str:
         return text
     try:
-        return yaml.safe_load(text)
+        return _load_yaml(text)
     except yaml.YAMLError:
         return text
 

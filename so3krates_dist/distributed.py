@@ -22,7 +22,7 @@ COLLECTIVE_TIMEOUT_SECONDS = 600
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 """glibc's malloc.h"""
-_KEEP_BYTES = 2**30
+_KEEP_BYTES, _MAX_MMAP_THRESHOLD = 2**30, 2**25
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,7 +99,7 @@ def tune_machine(threads: int, device: torch.device) -> None:
     if device.type == "cpu":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc only
         if mallopt is not None:
-            mallopt(_M_MMAP_THRESHOLD, _KEEP_BYTES)
+            mallopt(_M_MMAP_THRESHOLD, _MAX_MMAP_THRESHOLD)
             mallopt(_M_TRIM_THRESHOLD, _KEEP_BYTES)
 
 

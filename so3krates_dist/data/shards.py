@@ -70,7 +70,8 @@ def encode_block(graphs: Sequence[Graph]) -> bytes:
                 f"{missing} of {len(values)} without it",
                 "Write conformers with different labels to different data sets",
             )
-        columns[name] = (np.concatenate if per_atom else np.stack)([np.asarray(v, dtype) for v in values])
+        joined = (np.concatenate if per_atom else np.stack)([np.asarray(v, dtype) for v in values])
+        columns[name] = np.ascontiguousarray(joined)  # safetensors writes memory as it lies, whatever its order
     names = sorted({g.group for g in graphs})
     columns["group"] = np.array([names.index(g.group) for g in graphs], np.int32)
     header = json.dumps({"schema": SCHEMA, "groups": names}, sort_keys=True)

@@ -130,6 +130,7 @@ class TrainingEngine:
         norm = float(torch.nn.utils.get_total_norm(gradients))
         if not math.isfinite(norm):
             self.discard()
+            self._engine.micro_steps += 1  # what step() would have done: the next micro-batch begins a new step
             return StepResult(norm, False)
         self._engine.step()
         return StepResult(norm, True)

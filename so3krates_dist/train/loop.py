@@ -208,7 +208,9 @@ class Training:
                 Path(self.config.data.folder), "validation", batch_size=32, cutoff=self.config.model.cutoff,
                 rank=self.rank.rank, world_size=self.rank.world_size, limit=self.config.data.max_validation,
             )  # fmt: skip
-            summary = evaluate(self.mean.potential, batches, device=self.device).summary()
+            with_stress = self.config.train.stress_weight > 0
+            evaluation = evaluate(self.mean.potential, batches, device=self.device, compute_stress=with_stress)
+            summary = evaluation.summary()
             self.metrics.log("validation", step, summary)
             forces_mae = summary["forces_mae"]
         if forces_mae < self.best_forces_mae:

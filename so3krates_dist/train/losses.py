@@ -15,7 +15,7 @@ LABELS = ("energy", "forces", "stress")
 
 def count_labels(batch: GraphBatch) -> list[float]:
     """Return how many numbers of each kind of `LABELS` a batch has (force and stress components count singly)."""
-    return [0.0 if (label := getattr(batch, name)) is None else float(torch.isfinite(label).sum()) for name in LABELS]
+    return [0.0 if (label := getattr(batch, name)) is None else float((~label.isnan()).sum()) for name in LABELS]
 
 
 def compute_loss(
@@ -55,6 +55,6 @@ def compute_loss(
 
 
 def _compare(predicted: torch.Tensor, label: torch.Tensor, divisor: torch.Tensor | float = 1.0) -> torch.Tensor:
-    """Return the errors; zero, with zero gradient, where there is no label."""
-    present = torch.isfinite(label)
+    """Return the errors; zero, with zero gradient, where the label is nan. An infinite label is an error, and stays one."""
+    present = ~label.isnan()
     return torch.where(present, predicted - torch.where(present, label, 0.0), 0.0) / divisor

@@ -1,0 +1,1 @@
+"""Making and checking shards: generate, convert, validate, inspect."""

@@ -1,0 +1,263 @@
+"""`so3krates generate`: conformers of molecules with GFN2-xTB energies, forces, dipoles and charges.
+
+Molecule -> ETKDG conformer -> Langevin dynamics on MMFF94 -> GFN2-xTB, in one process per core with one thread each. The bytes
+of the data set depend on the arguments, the machine and the versions, not on the number of processes.
+"""
+
+import argparse
+import contextlib
+import multiprocessing
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import numpy as np
+
+from data_tools import gate, molecules, sampling, xtb
+from data_tools.console import Progress, say
+from data_tools.dataset import (
+    DEFAULT_SPLIT,
+    Split,
+    check_output_folder,
+    describe_source,
+    describe_versions,
+    write_dataset,
+)
+from data_tools.sampling import Molecule, Sample, Task
+from so3krates_dist.errors import DataError
+from so3krates_dist.graph import Graph
+
+DEFAULT_NUM_CONFORMERS: Final = 2000
+DEFAULT_TEMPERATURES: Final = (300.0, 500.0)
+"""K"""
+DEFAULT_MAX_FORCE: Final = 20.0
+"""eV/Å; MMFF94 at 1000 K stays below 8, so that more is a structure gone astray"""
+RATTLES: Final = (0.02, 0.05)
+"""Å; more gives forces that no dynamics meets"""
+_THREAD_VARIABLES: Final = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `so3krates generate`."""
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="data set to write; must not exist")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--builtin", action="store_true", help="ten small organic molecules (default)")
+    source.add_argument("--smiles", type=Path, metavar="FILE", help="one `SMILES [name]` per line")
+    source.add_argument("--g2", action="store_true", help="ASE's g2 molecules, displaced at random")
+    source.add_argument("--s22", action="store_true", help="ASE's s22 dimers, displaced at random")
+    source.add_argument("--geometries", type=Path, metavar="FILE", help="label these structures as they are")
+    parser.add_argument("--num-conformers", type=int, default=DEFAULT_NUM_CONFORMERS, help="in total (%(default)s)")
+    parser.add_argument("--temperatures", type=float, nargs="+", default=list(DEFAULT_TEMPERATURES), metavar="K")
+    parser.add_argument("--seed", type=int, default=0, help="of sampling and split (%(default)s)")
+    parser.add_argument(
+        "--processes", type=int, default=len(os.sched_getaffinity(0)), help="one per core (%(default)s)"
+    )
+    parser.add_argument(
+        "--max-force", type=float, default=DEFAULT_MAX_FORCE, help="eV/Å, more is dropped (%(default)s)"
+    )
+    parser.add_argument(
+        "--split", default=DEFAULT_SPLIT, help="train,validation,test as fractions or numbers (%(default)s)"
+    )
+    parser.add_argument("--name", help="name of the data set (default: the folder's)")
+    parser.add_argument("--licence", default="unknown", help="SPDX identifier you give the data (%(default)s)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Generate one data set; returns the exit code."""
+    _check_arguments(arguments)
+    source, found = _load_molecules(arguments)
+    tasks = plan_tasks(found, arguments)
+    total = sum(task.count for task in tasks)
+    say(
+        f"labelling {total} conformers of {len({m.name for m in found})} molecules with {arguments.processes} processes"
+    )
+    with Progress("labelled", total) as progress:
+        samples, isolated = label(tasks, molecules.find_elements(found), arguments.processes, progress.advance)
+    graphs, dropped = sort_out(tasks, samples, arguments.max_force)
+    manifest = write_dataset(
+        arguments.out,
+        graphs,
+        name=arguments.name or arguments.out.name,
+        level_of_theory=xtb.METHOD,
+        licence=arguments.licence,
+        provenance=_describe(arguments, source, found, tasks) | {"dropped": dropped},
+        split=arguments.split,
+        seed=arguments.seed,
+        isolated_atom_energies=isolated,
+    )
+    counts = ", ".join(f"{manifest.num_conformers(part)} {part}" for part in ("train", "validation", "test"))
+    say(f"wrote {arguments.out}: {counts}; dropped: {manifest.provenance['dropped'] or 'nothing'}")
+    return 0
+
+
+def _check_arguments(arguments: argparse.Namespace) -> None:
+    check_output_folder(arguments.out)
+    Split.parse(arguments.split)
+    for name in ("num_conformers", "processes"):
+        if getattr(arguments, name) < 1:
+            option = "--" + name.replace("_", "-")
+            raise DataError(option, "be at least 1", getattr(arguments, name), "Give a larger number")
+    if not all(np.isfinite(t) and t > 0 for t in arguments.temperatures):
+        raise DataError("--temperatures", "be above 0 K", arguments.temperatures, "Give positive temperatures")
+    if len(set(arguments.temperatures)) != len(arguments.temperatures):
+        raise DataError("--temperatures", "be different", arguments.temperatures, "Name each once")
+    molecules.check_installed("tblite")
+
+
+def _load_molecules(arguments: argparse.Namespace) -> tuple[dict[str, str], list[Molecule]]:
+    if arguments.smiles is not None:
+        found = molecules.load_smiles(arguments.smiles)
+        return describe_source(arguments.smiles), found
+    if arguments.geometries is not None:
+        found = molecules.load_geometries(arguments.geometries)
+        return describe_source(arguments.geometries), found
+    if arguments.g2:
+        return {"collection": "g2 of ASE"}, molecules.load_g2()
+    if arguments.s22:
+        return {"collection": "s22 of ASE"}, molecules.load_s22()
+    found = molecules.load_builtin()
+    if found[0].smiles is None:
+        say("RDKit is not installed: the built-in molecules come from ASE's g2 set, displaced at random")
+    return {"collection": "builtin"}, found
+
+
+def plan_tasks(found: Sequence[Molecule], arguments: argparse.Namespace) -> list[Task]:
+    """Share the conformers out over molecules and temperatures, and cut them into trajectories.
+
+    Args:
+        found: Molecules.
+        arguments: With `num_conformers`, `temperatures`, `seed` and `geometries`.
+
+    Returns:
+        Tasks in the order in which their results are collected.
+    """
+    if arguments.geometries is not None:
+        return [Task(m, "given", 0.0, number, 1, arguments.seed) for number, m in enumerate(found)]
+    kind: Literal["langevin", "rattle"] = "rattle" if found[0].smiles is None else "langevin"
+    levels = arguments.temperatures if kind == "langevin" else RATTLES
+    series = [(molecule, level) for level in levels for molecule in found]
+    base, more = divmod(arguments.num_conformers, len(series))
+    tasks = []
+    for index, (molecule, level) in enumerate(series):
+        wanted = base + (index < more)
+        size = sampling.TRAJECTORY_SAMPLES
+        for number, first in enumerate(range(0, wanted, size)):
+            tasks.append(Task(molecule, kind, level, number, min(size, wanted - first), arguments.seed))
+    return tasks
+
+
+def label(
+    tasks: Sequence[Task], elements: tuple[int, ...], processes: int, advance: Callable[[int], None]
+) -> tuple[list[list[Sample]], dict[int, float]]:
+    """Run all tasks in worker processes.
+
+    Args:
+        tasks: What to sample and label.
+        elements: Atomic numbers whose isolated atoms are computed too.
+        processes: How many to start.
+        advance: Called with the number of geometries done, in this process.
+
+    Returns:
+        The samples of each task, and the isolated atoms' energies (eV).
+
+    Raises:
+        DataError: A molecule cannot be sampled, or a worker process died.
+    """
+    samples = []
+    try:
+        with _one_thread_each(), _start_pool(processes, len(tasks)) as pool:
+            isolated = pool.submit(xtb.compute_isolated_atoms, elements)
+            for result in pool.map(sampling.run_task, tasks, chunksize=max(1, min(16, len(tasks) // (8 * processes)))):
+                samples.append(result)
+                advance(len(result))
+            return samples, isolated.result()
+    except sampling.SamplingError as error:
+        raise DataError("molecule", "have a conformer to start from", error, "Remove it") from error
+    except BrokenProcessPool as error:
+        where = f"worker process, after {len(samples)} of {len(tasks)} tasks,"
+        raise DataError(where, "live until its work is done", error, "Look for lack of memory; try again") from error
+
+
+def _start_pool(processes: int, num_tasks: int) -> ProcessPoolExecutor:
+    """Start fresh processes: forked ones would share the thread pools of libraries that are loaded here."""
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(max_workers=min(processes, max(num_tasks, 1)), mp_context=context)
+
+
+@contextlib.contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """Give processes that are started meanwhile one thread each; libraries read this when they are loaded."""
+    before = {name: os.environ.get(name) for name in _THREAD_VARIABLES}
+    os.environ.update(dict.fromkeys(_THREAD_VARIABLES, "1"))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def sort_out(
+    tasks: Sequence[Task], samples: Sequence[Sequence[Sample]], max_force: float
+) -> tuple[list[Graph], dict[str, int]]:
+    """Return the labelled structures, and how many of which molecule were dropped for which reason."""
+    graphs, dropped = [], Counter[str]()
+    for task, results in zip(tasks, samples, strict=True):
+        for sample in results:
+            graph = _to_graph(task.molecule, sample)
+            problem = None if sample.labels is None else gate.find_problem(graph, max_force)
+            if sample.labels is not None and problem is None:
+                graphs.append(graph)
+            else:
+                dropped[f"{task.molecule.name}: {sample.failure if problem is None else problem.reason}"] += 1
+    return graphs, dict(dropped)
+
+
+def _to_graph(molecule: Molecule, sample: Sample) -> Graph:
+    labels = sample.labels
+    return Graph(
+        atomic_numbers=molecule.atomic_numbers,
+        positions=sample.positions,
+        total_charge=molecule.total_charge,
+        num_unpaired_electrons=molecule.num_unpaired_electrons,
+        energy=None if labels is None else labels.energy,
+        forces=None if labels is None else labels.forces,
+        dipole=None if labels is None else labels.dipole,
+        partial_charges=None if labels is None else labels.partial_charges,
+        group=molecule.name,
+    )
+
+
+def _describe(
+    arguments: argparse.Namespace, source: Mapping[str, str], found: Sequence[Molecule], tasks: Sequence[Task]
+) -> dict[str, Any]:
+    kind = tasks[0].kind
+    packages = ["numpy", "ase", "tblite"] + (["rdkit"] if kind == "langevin" else [])
+    settings: dict[str, Any] = {"kind": kind}
+    if kind == "langevin":
+        settings |= {
+            "force_field": "MMFF94",
+            "temperatures_K": arguments.temperatures,
+            "timestep_fs": sampling.TIMESTEP_FS,
+            "friction_per_fs": sampling.FRICTION_PER_FS,
+            "steps_per_sample": sampling.STEPS_PER_SAMPLE,
+            "equilibration_steps": sampling.EQUILIBRATION_STEPS,
+            "smiles": {m.name: m.smiles for m in found},
+        }
+    elif kind == "rattle":
+        settings["displacements_angstrom"] = list(RATTLES)
+    return {
+        "tool": "so3krates generate",
+        "sources": [dict(source)],
+        "sampling": settings,
+        "labels": {"method": xtb.METHOD, "accuracy": xtb.ACCURACY, "spin_polarization": "where electrons are unpaired"},
+        "max_force": arguments.max_force,
+        "seed": arguments.seed,
+        "versions": describe_versions(*packages),
+    }

@@ -1,0 +1,168 @@
+"""The one console command, `so3krates <verb>`: parse, call, exit code; no logic of its own.
+
+Only the verb that was asked for is imported, so that a mistake in a setting is reported before anything heavy is loaded.
+An error that the user can mend is one line on stderr. Exit codes: errors.py, 2 for a malformed command line, 130 for Ctrl-C.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from so3krates_dist import __version__
+from so3krates_dist.errors import So3kratesError
+
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
+
+Run = Callable[[argparse.Namespace], int]
+
+TRAIN_EXAMPLES = """\
+examples:
+  so3krates train run=quickstart data.folder=DIR            one process
+  so3krates train model=small data.folder=DIR run.name=mine train.num_steps=20000
+  deepspeed --num_accelerators 2 launch/train.py run=quickstart data.folder=DIR       two processes, on GPUs or CPU
+
+The same command resumes the run at the step where it stopped. `so3krates info --config` lists all keys.
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a malformed command line in one line instead of the whole usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the message and leave."""
+        self.exit(EXIT_USAGE, f"{self.prog}: {message}. `{self.prog} --help` shows what it takes.\n")
+
+
+def _generate(parser: argparse.ArgumentParser) -> Run:
+    from data_tools import generate
+
+    generate.add_arguments(parser)
+    return generate.run
+
+
+def _convert(parser: argparse.ArgumentParser) -> Run:
+    from data_tools import convert
+
+    convert.add_arguments(parser)
+    return convert.run
+
+
+def _validate(parser: argparse.ArgumentParser) -> Run:
+    from data_tools import validate
+
+    validate.add_arguments(parser)
+    return validate.run
+
+
+def _inspect(parser: argparse.ArgumentParser) -> Run:
+    from data_tools import inspect
+
+    inspect.add_arguments(parser)
+    return inspect.run
+
+
+def _train(parser: argparse.ArgumentParser) -> Run:
+    parser.epilog = TRAIN_EXAMPLES
+    parser.add_argument(
+        "settings",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="overlays (run=quickstart, model=small, ... or the path of a yaml file) and values (train.num_steps=100)",
+    )
+
+    def run(arguments: argparse.Namespace) -> int:
+        from so3krates_dist.config import load_config
+
+        config = load_config(arguments.settings)
+        from so3krates_dist.train import loop
+
+        return loop.run_training(config)
+
+    return run
+
+
+def _evaluate(parser: argparse.ArgumentParser) -> Run:
+    from so3krates_dist.train import evaluate
+
+    evaluate.add_arguments(parser)
+    return evaluate.run
+
+
+def _md(parser: argparse.ArgumentParser) -> Run:
+    from so3krates_dist.inference import dynamics
+
+    dynamics.add_arguments(parser)
+    return dynamics.run
+
+
+def _info(parser: argparse.ArgumentParser) -> Run:
+    from so3krates_dist.train import info
+
+    info.add_arguments(parser)
+    return info.run
+
+
+def _doctor(parser: argparse.ArgumentParser) -> Run:
+    from so3krates_dist.train import doctor
+
+    doctor.add_arguments(parser)
+    return doctor.run
+
+
+VERBS: dict[str, tuple[Callable[[argparse.ArgumentParser], Run], str]] = {
+    "generate": (_generate, "make a data set: conformers of molecules with GFN2-xTB energies and forces"),
+    "convert": (_convert, "make a data set from files with labels (extxyz, npz, what ASE reads)"),
+    "validate": (_validate, "check a data set: every shard, every block, every label"),
+    "inspect": (_inspect, "show what is in a data set"),
+    "train": (_train, "train a model, or resume a run"),
+    "evaluate": (_evaluate, "measure the errors of a trained model, with pictures"),
+    "md": (_md, "run molecular dynamics with a trained model"),
+    "info": (_info, "show versions, all settings, or what a run folder holds"),
+    "doctor": (_doctor, "check this machine and say how to start a run on it"),
+}
+
+
+def _build_parser(verb: str | None) -> tuple[argparse.ArgumentParser, Run | None]:
+    parser = _Parser(prog="so3krates", description="Train and use So3krates force fields.")
+    parser.add_argument("--version", action="version", version=__version__)
+    verbs = parser.add_subparsers(dest="verb", metavar="verb", required=True)
+    run = None
+    for name, (add_arguments, help_text) in VERBS.items():
+        child = verbs.add_parser(
+            name,
+            help=help_text,
+            description=f"{help_text[0].upper()}{help_text[1:]}.",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        if name == verb:
+            run = add_arguments(child)
+    return parser, run
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb.
+
+    Args:
+        argv: Words after the program's name; None takes them from the command line.
+
+    Returns:
+        The exit code.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        parser, run = _build_parser(next((w for w in words if not w.startswith("-")), None))
+        arguments = parser.parse_args(words)
+        assert run is not None, "argparse lets known verbs through only"
+        return run(arguments)
+    except So3kratesError as error:
+        print(f"so3krates: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("so3krates: interrupted", file=sys.stderr, flush=True)
+        return EXIT_INTERRUPTED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,166 @@
+"""A trained model as an ASE calculator: energies, forces and stress for molecules, surfaces and crystals.
+
+Refuses what the model cannot mean anything for: elements it was not trained on, positions that are not finite, periodic
+directions without a lattice vector. Nothing is reused between calls but the model; the neighbour list is made anew each time
+(it is a small part of a step, and a stale one is wrong without a sign).
+"""
+
+import copy
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+from ase import Atoms
+from ase.calculators.calculator import Calculator, PropertyNotImplementedError, all_changes
+from ase.stress import full_3x3_to_voigt_6_stress
+
+from so3krates_dist.data.neighbors import build_neighbors
+from so3krates_dist.errors import ConfigError, DataError
+from so3krates_dist.graph import Graph, collate, compute_formula
+from so3krates_dist.model.potential import Potential, check_elements
+from so3krates_dist.model.registry import load_model
+
+DTYPES: Final = {"float32": torch.float32, "float64": torch.float64}
+MIN_VOLUME: Final = 1e-3
+"""Å³; a cell of less is flat"""
+
+
+class So3kratesCalculator(Calculator):  # type: ignore[misc] # ASE has no complete type information
+    """ASE calculator of a trained model.
+
+    Properties: `energy` and `free_energy` (eV, the same number), `forces` (eV/Å), and `stress` (eV/Å³, six components in
+    ASE's order xx yy zz yz xz xy) for structures that are periodic in at least one direction and have three cell vectors.
+
+    The charge is `atoms.info["charge"]` (e, default 0). `atoms.info["spin"]` is the multiplicity, 2S + 1, or the number of
+    unpaired electrons: the parity of the number of electrons tells which (a singlet is 1 or 0, a doublet 2 or 1). Without it
+    a structure has no unpaired electron, or one where the number of electrons is odd. Initial charges and magnetic moments
+    are ignored.
+
+    Args:
+        model: Run folder, a folder with `model.safetensors`, or a model (it is copied, the caller's stays as it is).
+        device: Where to compute, e.g. `cpu` or `cuda`.
+        dtype: `float32` (fast) or `float64` (smoother energies: for vibrations, long trajectories, tight relaxations).
+
+    Raises:
+        ConfigError: `dtype` is neither of the two.
+        CheckpointError: The folder holds no model.
+    """
+
+    implemented_properties: Final = ["energy", "free_energy", "forces", "stress"]
+
+    def __init__(
+        self, model: Potential | Path | str, device: torch.device | str = "cpu", dtype: str = "float32"
+    ) -> None:
+        super().__init__()
+        if dtype not in DTYPES:
+            raise ConfigError("dtype", f"be one of {', '.join(DTYPES)}", dtype, "Take float32, or float64 to be exact")
+        self._device, self._dtype = torch.device(device), DTYPES[dtype]
+        if isinstance(model, str | Path):
+            self.potential = load_model(model, device=self._device, dtype=self._dtype)
+        else:
+            self.potential = _copy_model(model, self._device, self._dtype)
+        self._electrons: tuple[float, float] | None = None
+
+    def check_state(self, atoms: Atoms, tol: float = 0.0) -> list[str]:
+        """Return what has changed since the last call, to the last bit; charge and spin count, which ASE does not look at."""
+        if self.atoms is None or self._electrons is None:
+            return list(all_changes)
+        names = ("positions", "numbers", "cell", "pbc")
+        changes = [n for n in names if not np.array_equal(getattr(self.atoms, n), getattr(atoms, n))]
+        return changes if read_electrons(atoms) == self._electrons else [*changes, "info"]
+
+    def calculate(
+        self,
+        atoms: Atoms | None = None,
+        properties: list[str] | None = None,
+        system_changes: list[str] = all_changes,
+    ) -> None:
+        """Compute energy and forces, and stress where it is asked for.
+
+        Args:
+            atoms: Structure; None: the one of the last call.
+            properties: Names from `implemented_properties`.
+            system_changes: Not used; everything is computed anew.
+
+        Raises:
+            DataError: The model cannot be used for this structure.
+            PropertyNotImplementedError: Stress of a structure without periodic directions or without a volume.
+        """
+        super().calculate(atoms, properties or ["energy"], system_changes)
+        with_stress = "stress" in (properties or ())
+        if with_stress and not (self.atoms.pbc.any() and self.atoms.cell.rank == 3):
+            raise PropertyNotImplementedError("stress needs a periodic structure with three cell vectors")
+        self._electrons = read_electrons(self.atoms)
+        graph = make_graph(self.atoms)
+        check_elements(graph.atomic_numbers.tolist(), self.potential.elements, graph.group)
+        batch = collate([build_neighbors(graph, self.potential.cutoff)], self._dtype).to(self._device)
+        output = self.potential(batch, compute_stress=with_stress)
+        energy = float(output["energy"])
+        self.results = {
+            "energy": energy,
+            "free_energy": energy,
+            "forces": output["forces"].double().cpu().numpy(),
+        }
+        if with_stress:
+            self.results["stress"] = full_3x3_to_voigt_6_stress(output["stress"][0].double().cpu().numpy())
+
+
+def _copy_model(model: Potential, device: torch.device, dtype: torch.dtype) -> Potential:
+    copied = copy.deepcopy(model).to(device=device, dtype=dtype).eval().requires_grad_(False)
+    copied.energy_baselines = model.energy_baselines.to(device)  # float64 whatever the model computes in
+    return copied
+
+
+def read_electrons(atoms: Atoms) -> tuple[float, float]:
+    """Return total charge (e) and number of unpaired electrons, from `info["charge"]` and `info["spin"]`.
+
+    Raises:
+        DataError: One of them is no whole number, or the spin is negative.
+    """
+    charge, spin = atoms.info.get("charge"), atoms.info.get("spin")
+    charge = 0 if charge is None else charge
+    for name, value, least in (("charge", charge, -np.inf), ("spin", spin, 0)):
+        try:
+            whole = value is None or (float(value).is_integer() and float(value) >= least)
+        except (TypeError, ValueError):
+            whole = False
+        if not whole:
+            rule = "be a whole number" + (", zero or greater" if name == "spin" else "")
+            raise DataError(f'atoms.info["{name}"]', rule, repr(value), "Correct it, or leave it out")
+    is_odd = bool((int(atoms.numbers.sum()) - int(charge)) % 2)
+    if spin is None:
+        return float(charge), float(is_odd)
+    is_multiplicity = bool(int(spin) % 2) != is_odd
+    return float(charge), float(int(spin) - is_multiplicity)
+
+
+def make_graph(atoms: Atoms) -> Graph:
+    """Return the structure as the model's input, moved to the origin: float32 is finest there.
+
+    Raises:
+        DataError: There are no atoms, a position is not finite, or a periodic direction has no lattice vector.
+    """
+    positions = atoms.positions
+    if not len(positions):
+        raise DataError("atoms", "hold at least one atom", 0, "Give a structure")
+    if not np.isfinite(positions).all():
+        got = f"{int((~np.isfinite(positions)).any(1).sum())} atoms at nan or infinity"
+        raise DataError("atoms.positions", "be finite", got, "Dynamics that explode need a shorter time step")
+    charge, unpaired = read_electrons(atoms)
+    fields: dict[str, Any] = {}
+    if atoms.pbc.any():
+        # Directions that are not periodic may lack a vector; any that spans space will do, nothing repeats along it.
+        cell = np.asarray(atoms.cell.complete())
+        if (atoms.pbc & ~atoms.cell.mask()).any() or abs(np.linalg.det(cell)) < MIN_VOLUME:
+            got, remedy = f"pbc {atoms.pbc.tolist()}", "Set the cell, or pbc=False for a molecule"
+            raise DataError("atoms.cell", "have independent vectors along its periodic directions", got, remedy)
+        fields = {"cell": cell, "pbc": atoms.pbc.copy()}
+    return Graph(
+        atomic_numbers=atoms.numbers.astype(np.int64),
+        positions=positions - positions.mean(0),
+        total_charge=charge,
+        num_unpaired_electrons=unpaired,
+        group=compute_formula(atoms.numbers),
+        **fields,
+    )

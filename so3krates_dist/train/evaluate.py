@@ -1,0 +1,439 @@
+"""Errors of a model on labelled conformers: overall, per group and per element; exact over any number of processes.
+
+Sums, not means, are added up and reduced, so ranks with different numbers of atoms count rightly. Labels that are missing (nan)
+are left out and counted. A structure that cannot be computed stops the evaluation on all processes alike.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+
+from so3krates_dist import __version__
+from so3krates_dist.config import read_config
+from so3krates_dist.data.shards import SPLITS, BlockReader, Manifest, check_dataset
+from so3krates_dist.data.stream import iter_batches
+from so3krates_dist.distributed import Rank, choose_device, reduce_sum
+from so3krates_dist.errors import CheckpointError, DataError, So3kratesError
+from so3krates_dist.graph import ELEMENT_SYMBOLS, MAX_ATOMIC_NUMBER, FloatArray, GraphBatch
+from so3krates_dist.metrics import METRICS_NAME, print_table, read_metrics
+from so3krates_dist.model.potential import Potential, check_elements
+from so3krates_dist.model.registry import load_model
+from so3krates_dist.train import pictures
+
+OTHER: Final = "(other)"
+"""Row for conformers of a group that was not named"""
+MAX_TABLE_ROWS: Final = 30
+MIN_BATCH_SIZE: Final = 32
+_LABELS: Final = ("energy", "forces", "stress")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ErrorSums:
+    """Sums over the compared numbers of one label; adding two of them is exact."""
+
+    count: float = 0.0
+    """numbers compared: conformers, force components or stress components"""
+    absolute: float = 0.0
+    squared: float = 0.0
+
+    @property
+    def mae(self) -> float:
+        """Mean absolute error; nan where nothing was compared."""
+        return self.absolute / self.count if self.count else math.nan
+
+    @property
+    def rmse(self) -> float:
+        """Root of the mean squared error; nan where nothing was compared."""
+        return math.sqrt(self.squared / self.count) if self.count else math.nan
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Errors:
+    """Errors on one group of conformers."""
+
+    num_conformers: int
+    energy: ErrorSums
+    """per atom, eV"""
+    forces: ErrorSums
+    """per component, eV/Å"""
+    stress: ErrorSums
+    """per component of the 3x3 matrix, eV/Å³"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Samples:
+    """Every prediction beside its label, in the order of the batches of this process."""
+
+    num_atoms: FloatArray
+    """(num_conformers,)"""
+    atomic_numbers: FloatArray
+    """(num_atoms,)"""
+    energy: tuple[FloatArray, FloatArray]
+    """label and prediction, (num_conformers,) eV; nan where there is no label"""
+    forces: tuple[FloatArray, FloatArray]
+    """label and prediction, (num_atoms, 3) eV/Å"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluation:
+    """Errors over all processes."""
+
+    overall: Errors
+    per_group: Mapping[str, Errors]
+    """by group, those that occur"""
+    per_element: Mapping[str, ErrorSums]
+    """force errors by chemical symbol, those that occur"""
+    samples: Samples | None = None
+
+    def summary(self) -> dict[str, float]:
+        """Return the figures that are logged: eV/atom, eV/Å, eV/Å³; nan where the data have no such label."""
+        result = {
+            "energy_mae_per_atom": self.overall.energy.mae,
+            "energy_rmse_per_atom": self.overall.energy.rmse,
+            "forces_mae": self.overall.forces.mae,
+            "forces_rmse": self.overall.forces.rmse,
+        }
+        if self.overall.stress.count:
+            result |= {"stress_mae": self.overall.stress.mae, "stress_rmse": self.overall.stress.rmse}
+        return result
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all figures and counts; nan becomes None."""
+        return {
+            "summary": {k: _to_finite(v) for k, v in self.summary().items()},
+            "overall": _errors_to_json(self.overall),
+            "groups": {name: _errors_to_json(errors) for name, errors in self.per_group.items()},
+            "elements": {symbol: _sums_to_json(sums) for symbol, sums in self.per_element.items()},
+        }
+
+
+def _to_finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _sums_to_json(sums: ErrorSums) -> dict[str, Any]:
+    return {"count": int(sums.count), "mae": _to_finite(sums.mae), "rmse": _to_finite(sums.rmse)}
+
+
+def _errors_to_json(errors: Errors) -> dict[str, Any]:
+    return {"num_conformers": errors.num_conformers} | {n: _sums_to_json(getattr(errors, n)) for n in _LABELS}
+
+
+class _Accumulator:
+    """Adds up on the device, without waiting for it; columns are count, sum of |error|, sum of error² of each label."""
+
+    def __init__(self, groups: Sequence[str], device: torch.device) -> None:
+        self.names = (*groups, OTHER)
+        self._index = {name: i for i, name in enumerate(self.names)}
+        self.groups = torch.zeros(len(self.names), 1 + 3 * len(_LABELS), dtype=torch.float64, device=device)
+        self.elements = torch.zeros(MAX_ATOMIC_NUMBER + 1, 3, dtype=torch.float64, device=device)
+
+    def add(self, batch: GraphBatch, results: Mapping[str, torch.Tensor]) -> None:
+        device = self.groups.device
+        other = self._index[OTHER]
+        names = batch.group or ("",) * batch.num_graphs
+        rows = torch.tensor([self._index.get(name, other) for name in names], device=device)
+        self.groups[:, 0].index_add_(0, rows, torch.ones(len(rows), dtype=torch.float64, device=device))
+        if batch.energy is not None:
+            errors = (results["energy"] - batch.energy) / batch.num_atoms
+            self._add_sums(self.groups[:, 1:4], rows, errors[:, None], batch.energy[:, None])
+        if batch.forces is not None:
+            errors = results["forces"].double() - batch.forces.double()
+            self._add_sums(self.groups[:, 4:7], rows[batch.graph_index], errors, batch.forces)
+            self._add_sums(self.elements, batch.atomic_numbers, errors, batch.forces)
+        if batch.stress is not None and "stress" in results:
+            errors = (results["stress"].double() - batch.stress.double()).flatten(1)
+            self._add_sums(self.groups[:, 7:10], rows, errors, batch.stress.flatten(1))
+
+    @staticmethod
+    def _add_sums(sums: torch.Tensor, rows: torch.Tensor, errors: torch.Tensor, labels: torch.Tensor) -> None:
+        """Add a row of errors where its label is whole; a prediction of nan is an error and stays one."""
+        known = torch.isfinite(labels).all(1)
+        masked = torch.where(known[:, None], errors, 0.0)
+        count = known.double() * errors.shape[1]
+        sums.index_add_(0, rows, torch.stack([count, masked.abs().sum(1), masked.square().sum(1)], 1))
+
+
+def evaluate(
+    potential: Potential,
+    batches: Iterable[GraphBatch],
+    *,
+    device: torch.device | str,
+    groups: Sequence[str] = (),
+    compute_stress: bool = False,
+    keep_samples: bool = False,
+) -> Evaluation:
+    """Compare predictions with labels.
+
+    All processes call this together, each with its own batches; all get the same result.
+
+    Args:
+        potential: The model; it is left in the mode it was in.
+        batches: With labels, on the CPU.
+        device: Where the model is.
+        groups: Names of the groups to tell apart, the same on all processes; others are summed under `OTHER`.
+        compute_stress: Compare stress too; all structures must be periodic.
+        keep_samples: Keep every prediction of this process.
+
+    Raises:
+        DataError: A structure cannot be computed; raised on all processes, in its own words on the one that met it.
+    """
+    device = torch.device(device)
+    sums = _Accumulator(groups, device)
+    kept: list[dict[str, FloatArray]] | None = [] if keep_samples else None
+    failure: So3kratesError | None = None
+    was_training = potential.training
+    potential.eval()
+    try:
+        for batch, results in _predict(potential, batches, device, compute_stress):
+            sums.add(batch, results)
+            if kept is not None:
+                kept.append(_keep(batch, results))
+    except So3kratesError as error:  # told to all processes below: one that left alone would keep the others waiting
+        failure = error
+    finally:
+        potential.train(was_training)
+    group_sums, element_sums = _reduce(sums, failure, device)
+    samples = None if kept is None else _join_samples(kept)
+    return _build_evaluation(sums.names, group_sums, element_sums, samples)
+
+
+def _predict(
+    potential: Potential, batches: Iterable[GraphBatch], device: torch.device, compute_stress: bool
+) -> Iterator[tuple[GraphBatch, dict[str, torch.Tensor]]]:
+    # Geometry is never coarser than float32, whatever the weights are stored in.
+    dtype = torch.float64 if any(p.dtype == torch.float64 for p in potential.parameters()) else torch.float32
+    for batch in batches:
+        _check_batch(batch, set(potential.elements))
+        on_device = batch.to(device, dtype)
+        yield on_device, potential(on_device, compute_stress=compute_stress and batch.cell is not None)
+
+
+def _check_batch(batch: GraphBatch, elements: set[int]) -> None:
+    """Raise where an element is unknown, naming the group of the first structure that has one."""
+    numbers = batch.atomic_numbers.tolist()
+    stranger = next((i for i, z in enumerate(numbers) if z not in elements), None)
+    if stranger is not None:
+        group = batch.group[int(batch.graph_index[stranger])] if batch.group else ""
+        check_elements(numbers, elements, group or "structure")
+
+
+def _reduce(sums: _Accumulator, failure: So3kratesError | None, device: torch.device) -> tuple[np.ndarray, np.ndarray]:
+    """Add up over processes, in one collective that carries failures too."""
+    flat = torch.cat([sums.groups.flatten(), sums.elements.flatten()]).tolist()
+    failed, *flat = reduce_sum([float(failure is not None), *flat], device)
+    if failure is not None:
+        raise failure
+    if failed:
+        raise DataError("data", "be computable on all processes", "an error on another process", "See its message")
+    size = sums.groups.numel()
+    return np.reshape(flat[:size], tuple(sums.groups.shape)), np.reshape(flat[size:], (-1, 3))
+
+
+def _build_evaluation(
+    names: Sequence[str], groups: np.ndarray, elements: np.ndarray, samples: Samples | None
+) -> Evaluation:
+    present = {name: _row_to_errors(row) for name, row in zip(names, groups, strict=True) if row[0]}
+    return Evaluation(
+        overall=_row_to_errors(groups.sum(0)),
+        per_group=present,
+        per_element={ELEMENT_SYMBOLS[z]: ErrorSums(*row.tolist()) for z, row in enumerate(elements) if row[0]},
+        samples=samples,
+    )
+
+
+def _row_to_errors(row: np.ndarray) -> Errors:
+    sums = {label: ErrorSums(*row[1 + 3 * i : 4 + 3 * i].tolist()) for i, label in enumerate(_LABELS)}
+    return Errors(num_conformers=round(row[0]), **sums)
+
+
+def _keep(batch: GraphBatch, results: Mapping[str, torch.Tensor]) -> dict[str, FloatArray]:
+    def to_numpy(tensor: torch.Tensor | None, like: torch.Tensor) -> FloatArray:
+        missing = torch.full(like.shape, math.nan)
+        return np.asarray((missing if tensor is None else tensor).double().cpu().numpy())
+
+    return {
+        "num_atoms": to_numpy(batch.num_atoms, batch.num_atoms),
+        "atomic_numbers": to_numpy(batch.atomic_numbers, batch.atomic_numbers),
+        "energy": to_numpy(batch.energy, results["energy"]),
+        "energy_predicted": to_numpy(results["energy"], results["energy"]),
+        "forces": to_numpy(batch.forces, results["forces"]),
+        "forces_predicted": to_numpy(results["forces"], results["forces"]),
+    }
+
+
+def _join_samples(kept: Sequence[Mapping[str, FloatArray]]) -> Samples:
+    tails = {"forces": (3,), "forces_predicted": (3,)}
+
+    def join(name: str) -> FloatArray:
+        return np.concatenate([np.zeros((0, *tails.get(name, ()))), *(k[name] for k in kept)])
+
+    return Samples(
+        num_atoms=join("num_atoms"),
+        atomic_numbers=join("atomic_numbers"),
+        energy=(join("energy"), join("energy_predicted")),
+        forces=(join("forces"), join("forces_predicted")),
+    )
+
+
+# -------------------------------------------------------------------------------------------------------- a run's evaluation
+
+
+def evaluate_run(
+    folder: Path, *, split: str = "test", dataset: Path | None = None, device: torch.device | str = "cpu"
+) -> Evaluation:
+    """Evaluate a run's model and write the results into the run folder.
+
+    Writes `evaluation/<split>.json`, `parity_energy.png`, `parity_forces.png` and `learning_curve.png`; for other data than
+    the run's own into `evaluation/<name of the data folder>/`.
+
+    Args:
+        folder: Run folder.
+        split: `train`, `validation` or `test`.
+        dataset: Data set folder; None: the one that the run was trained on.
+        device: Where to compute.
+
+    Raises:
+        CheckpointError: The folder is no run, or holds no model yet.
+        DataError: The data are damaged, hold nothing to evaluate or elements that the model does not know.
+    """
+    own = _find_dataset(folder)
+    dataset = own if dataset is None else dataset
+    manifest = check_dataset(dataset)
+    _check_split(manifest, split, dataset)
+    potential = load_model(folder, device=device)
+    _check_dataset_elements(dataset, manifest, split, potential)
+    batches = iter_batches(dataset, split, batch_size=MIN_BATCH_SIZE, cutoff=potential.cutoff)
+    evaluation = evaluate(
+        potential,
+        batches,
+        device=device,
+        groups=sorted(manifest.groups),
+        compute_stress="stress" in manifest.labels,
+        keep_samples=True,
+    )
+    is_own = dataset.resolve() == own.resolve()
+    target = folder / "evaluation" if is_own else folder / "evaluation" / dataset.resolve().name
+    _write_results(folder, target, evaluation, manifest, split)
+    return evaluation
+
+
+def _find_dataset(folder: Path) -> Path:
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise CheckpointError(
+            str(folder), "be a run folder with config.yaml", "none", "Give a folder that `so3krates train` made"
+        )
+    return Path(read_config(path).data.folder)
+
+
+def _check_split(manifest: Manifest, split: str, dataset: Path) -> None:
+    if not manifest.num_conformers(split):
+        counts = ", ".join(f"{s}: {manifest.num_conformers(s)}" for s in SPLITS)
+        raise DataError(f"{dataset} split `{split}`", "hold conformers", counts, "Choose another split with --split")
+
+
+def _check_dataset_elements(dataset: Path, manifest: Manifest, split: str, potential: Potential) -> None:
+    """Check all structures before computing the first; reading them is cheap beside computing them."""
+    reader = BlockReader(dataset)
+    try:
+        for shard in manifest.of_split(split):
+            for entry in shard.blocks:
+                numbers = np.unique(reader.read(shard, entry).columns["atomic_numbers"]).tolist()
+                check_elements(numbers, potential.elements, f"{dataset / shard.file}:{entry.key}")
+    finally:
+        reader.close()
+
+
+def _write_results(folder: Path, target: Path, evaluation: Evaluation, manifest: Manifest, split: str) -> None:
+    target.mkdir(parents=True, exist_ok=True)
+    content = {
+        "version": __version__,
+        "data": {"name": manifest.name, "fingerprint": manifest.fingerprint, "split": split},
+        "level_of_theory": manifest.level_of_theory,
+        "units": {"energy": "eV/atom", "forces": "eV/Angstrom", "stress": "eV/Angstrom^3"},
+        **evaluation.to_json(),
+    }
+    temporary = target / f".{split}.json.tmp"
+    temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    temporary.replace(target / f"{split}.json")
+    assert evaluation.samples is not None
+    _draw_parities(evaluation.samples, manifest, target, f"{manifest.name}, {split} split")
+    metrics = folder / METRICS_NAME
+    if metrics.is_file():
+        pictures.plot_learning_curve(
+            read_metrics(metrics), folder / "evaluation" / "learning_curve.png", folder.resolve().name
+        )
+
+
+def _draw_parities(samples: Samples, manifest: Manifest, target: Path, subtitle: str) -> None:
+    """Draw the parities of the labels that there are."""
+    baselines = np.zeros(MAX_ATOMIC_NUMBER + 1)
+    for atomic_number, energy in manifest.statistics["energy_baselines"].items():
+        baselines[int(atomic_number)] = energy
+    first_atoms = np.concatenate([[0], np.cumsum(samples.num_atoms)[:-1]]).astype(np.int64)
+    offsets = np.add.reduceat(baselines[samples.atomic_numbers.astype(np.int64)], first_atoms)
+    label, predicted = ((e - offsets) / samples.num_atoms for e in samples.energy)
+    labelled = np.flatnonzero(np.isfinite(label))
+    if labelled.size:
+        pictures.plot_parity_energy(label[labelled], predicted[labelled], target / "parity_energy.png", subtitle)
+    labelled = np.flatnonzero(np.isfinite(samples.forces[0]).all(1))
+    if labelled.size:
+        forces, forces_predicted = (f[labelled] for f in samples.forces)
+        pictures.plot_parity_forces(forces, forces_predicted, target / "parity_forces.png", subtitle)
+
+
+# ------------------------------------------------------------------------------------------------------------------ the verb
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `so3krates evaluate`."""
+    parser.add_argument("run_folder", metavar="RUN", type=Path, help="run folder")
+    parser.add_argument("--split", choices=SPLITS, default="test", help="which conformers (default: test)")
+    parser.add_argument("--data", metavar="FOLDER", type=Path, help="another data set than the run's own")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Evaluate, print the tables, return the exit code."""
+    folder: Path = arguments.run_folder
+    device = choose_device(arguments.device, Rank())
+    evaluation = evaluate_run(folder, split=arguments.split, dataset=arguments.data, device=device)
+    print_evaluation(evaluation, f"{folder}, {arguments.split} split")
+    print(f"written to {folder / 'evaluation'}")
+    return 0
+
+
+def print_evaluation(evaluation: Evaluation, title: str) -> None:
+    """Print errors per group and per element, the largest first where there are many groups."""
+    columns = ("group", "conformers", "E MAE meV/atom", "E RMSE", "F MAE meV/Å", "F RMSE")
+    groups = sorted(evaluation.per_group.items())
+    if len(groups) > MAX_TABLE_ROWS:
+        groups = sorted(groups, key=lambda item: -np.nan_to_num(item[1].forces.mae))[:MAX_TABLE_ROWS]
+        title += f" (the {MAX_TABLE_ROWS} groups of {len(evaluation.per_group)} with the largest force error)"
+    rows = [(name or "(no name)", errors) for name, errors in groups if len(evaluation.per_group) > 1]
+    print_table(title, columns, [_format_row(name, errors) for name, errors in [*rows, ("all", evaluation.overall)]])
+    elements = [
+        (symbol, f"{sums.count / 3:.0f}", f"{1e3 * sums.mae:.1f}", f"{1e3 * sums.rmse:.1f}")
+        for symbol, sums in evaluation.per_element.items()
+    ]
+    if elements:
+        print_table("Forces by element", ("element", "atoms", "F MAE meV/Å", "F RMSE"), elements)
+    missing = evaluation.overall.num_conformers - round(evaluation.overall.energy.count)
+    if missing:
+        print(f"{missing} of {evaluation.overall.num_conformers} conformers have no energy label")
+
+
+def _format_row(name: str, errors: Errors) -> tuple[str, ...]:
+    energy, forces = errors.energy, errors.forces
+    figures = [f"{1e3 * v:.2f}" for v in (energy.mae, energy.rmse)] + [
+        f"{1e3 * v:.1f}" for v in (forces.mae, forces.rmse)
+    ]
+    return (name, str(errors.num_conformers), *("-" if f == "nan" else f for f in figures))

@@ -1,0 +1,184 @@
+"""What `so3krates info` shows: the installation, all settings with their meaning, or the state of a run folder."""
+
+import argparse
+import ast
+import dataclasses
+import importlib.metadata
+import inspect
+import json
+import os
+import platform
+import sys
+import textwrap
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import so3krates_dist
+from so3krates_dist import config as schema
+from so3krates_dist.errors import CheckpointError
+
+VENDORS = (
+    "torch", "deepspeed", "e3nn", "webdataset", "omegaconf", "wandb", "safetensors", "numpy", "vesin", "ase", "tblite", "rdkit",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Setting:
+    """One key of the configuration."""
+
+    key: str
+    type: str
+    default: str
+    text: str
+    """the text under the field in config.py"""
+
+
+def _attribute_texts(section: type) -> dict[str, str]:
+    """Return the text under each field of a dataclass; Python keeps it in the source only."""
+    source = ast.parse(textwrap.dedent(inspect.getsource(section))).body[0]
+    assert isinstance(source, ast.ClassDef)
+    texts: dict[str, str] = {}
+    for field, after in zip(source.body, source.body[1:], strict=False):
+        match field, after:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                texts[name] = " ".join(text.split())
+    return texts
+
+
+def _name_type(hint: Any) -> str:
+    if typing.get_origin(hint) is typing.Literal:
+        return " | ".join(map(str, typing.get_args(hint)))
+    return "[int, ...]" if typing.get_origin(hint) is tuple else str(hint.__name__)
+
+
+def _format_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(list(value)) if isinstance(value, tuple) else str(value) or '""'
+
+
+def list_settings() -> list[Setting]:
+    """Return every key of the configuration with its type, default and meaning, in the order of the schema."""
+    settings = []
+    for section_name, section in typing.get_type_hints(schema.RunConfig).items():
+        texts, hints = _attribute_texts(section), typing.get_type_hints(section)
+        for field in dataclasses.fields(section):
+            settings.append(
+                Setting(
+                    key=f"{section_name}.{field.name}",
+                    type=_name_type(hints[field.name]),
+                    default=_format_value(field.default),
+                    text=texts.get(field.name, ""),
+                )
+            )
+    return settings
+
+
+def _print_settings() -> None:
+    for setting in list_settings():
+        print(f"{setting.key} = {setting.default}    ({setting.type})")
+        print(f"    {setting.text}")
+    print("overlays, each a file of configs/ or the path of a yaml file:")
+    for group in schema.GROUPS:
+        names = sorted(p.stem for p in (schema.find_configs() / group).glob("*.yaml"))
+        print(f"    {group}={'|'.join(names)}")
+
+
+def _find_version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _print_rows(rows: Sequence[tuple[str, object]]) -> None:
+    width = max((len(name) for name, _ in rows), default=0)
+    for name, value in rows:
+        print(f"{name:<{width}}  {value}")
+
+
+def _print_installation() -> None:
+    rows: list[tuple[str, object]] = [
+        ("so3krates-dist", so3krates_dist.__version__),
+        ("package", Path(so3krates_dist.__file__).parent),
+        ("configs", schema.find_configs()),
+        ("python", platform.python_version()),
+    ]
+    _print_rows(rows + [(name, _find_version(name)) for name in VENDORS])
+
+
+def _read_json(path: Path) -> Mapping[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise CheckpointError(str(path), "be readable JSON", type(error).__name__, "Restore the file") from error
+    return content if isinstance(content, dict) else {}
+
+
+def _format_figures(values: Mapping[str, Any]) -> str:
+    numbers = {k: v for k, v in values.items() if isinstance(v, int | float) and k != "step"}
+    return ", ".join(f"{name} {value:.4g}" for name, value in numbers.items())
+
+
+def describe_run(folder: Path) -> list[tuple[str, object]]:
+    """Return what a run folder holds, as rows of name and finding.
+
+    Args:
+        folder: Run folder.
+
+    Raises:
+        CheckpointError: It is no run folder.
+        ConfigError: Its config.yaml was altered.
+    """
+    from so3krates_dist.metrics import read_metrics
+
+    if not (folder / "config.yaml").is_file():
+        raise CheckpointError(
+            str(folder), "be a run folder", "no config.yaml in it", "Name the folder that training printed"
+        )
+    config = schema.read_config(folder / "config.yaml")
+    checkpoints = sorted(p.name for p in (folder / "checkpoints").glob("step_*"))
+    rows: list[tuple[str, object]] = [
+        ("run", config.run.name),
+        ("folder", folder.resolve()),
+        ("data", config.data.folder),
+        ("steps asked for", config.train.num_steps),
+        ("checkpoints", ", ".join(checkpoints) or "none"),
+        ("model", "model.safetensors" if (folder / "model.safetensors").is_file() else "none yet"),
+    ]
+    for name in ("run.json", "status.json"):
+        rows += [(f"{name}: {key}", value) for key, value in _read_json(folder / name).items()]
+    records = read_metrics(folder / "metrics.jsonl") if (folder / "metrics.jsonl").is_file() else []
+    last = {str(record["kind"]): record for record in records}
+    rows += [(f"{kind} at step {r['step']}", _format_figures(r)) for kind, r in last.items() if kind != "event"]
+    pictures = sorted(str(p.relative_to(folder)) for p in folder.rglob("*.png"))
+    return [*rows, ("pictures", ", ".join(pictures) or "none")]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what `so3krates info` takes."""
+    parser.add_argument("run_folder", nargs="?", type=Path, metavar="RUN", help="run folder to describe")
+    parser.add_argument("--config", action="store_true", help="list every setting with its type, default and meaning")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Show what was asked for.
+
+    Returns:
+        The exit code.
+    """
+    try:
+        if arguments.config:
+            _print_settings()
+        elif arguments.run_folder is not None:
+            _print_rows(describe_run(arguments.run_folder))
+        else:
+            _print_installation()
+        sys.stdout.flush()
+    except BrokenPipeError:  # `so3krates info --config | head`: the reader has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0

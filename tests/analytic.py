@@ -1,0 +1,103 @@
+"""A potential with a formula, and small data sets and run folders made with it: what several tests start from."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from so3krates_dist.config import DataSection, ModelSection, RunConfig, RunSection, dump_config
+from so3krates_dist.data import shards
+from so3krates_dist.data.neighbors import build_neighbors
+from so3krates_dist.data.statistics import compute_statistics
+from so3krates_dist.graph import Graph, GraphBatch, collate
+from so3krates_dist.model.potential import ModelStatistics, Potential
+from so3krates_dist.model.registry import build_model, save_model
+
+
+class MorseNetwork(nn.Module):
+    """Morse pairs, D ((1 - exp(-a (r - r0)))^2 - 1), brought to zero at the cutoff by 1 - 10u^3 + 15u^4 - 6u^5.
+
+    P. M. Morse, Phys. Rev. 34, 57 (1929). Depth in eV, lengths in Å; half of each pair's energy belongs to either atom.
+    """
+
+    def __init__(self, cutoff: float = 6.0) -> None:
+        super().__init__()
+        self.cutoff = cutoff
+        self.depth, self.width, self.distance = (nn.Parameter(torch.tensor(v)) for v in (0.35, 1.4, 2.6))
+
+    def forward(self, batch: GraphBatch, vectors: torch.Tensor) -> torch.Tensor:
+        distances = vectors.norm(dim=1)
+        u = distances / self.cutoff
+        envelope = torch.where(u < 1, 1 - 10 * u**3 + 15 * u**4 - 6 * u**5, 0.0)
+        wells = (1 - torch.exp(-self.width * (distances - self.distance))) ** 2 - 1
+        halves = self.depth * wells * envelope / 2
+        energies = vectors.new_zeros(len(batch.atomic_numbers))
+        return energies.index_add(0, batch.pair_first, halves).index_add(0, batch.pair_second, halves)
+
+
+def make_morse() -> Potential:
+    """Return neon and argon bound by Morse pairs, with per-element energies as large as real ones."""
+    statistics = ModelStatistics(
+        elements=(10, 18), energy_baselines={10: -3507.25, 18: -14354.5}, energy_scale=1.0, mean_neighbors=1.0
+    )
+    return Potential(MorseNetwork(), statistics).eval().requires_grad_(False)
+
+
+def make_cluster(seed: int, num_atoms: int = 6, group: str = "cluster") -> Graph:
+    """Return a distorted cluster of neon and argon atoms, neighbours about 2.6 Å apart."""
+    rng = np.random.default_rng(seed)
+    side = math.ceil(num_atoms ** (1 / 3))
+    grid = 2.6 * np.stack(np.meshgrid(*[np.arange(side)] * 3), -1).reshape(-1, 3)[:num_atoms]
+    positions = grid + rng.normal(scale=0.15, size=(num_atoms, 3))
+    numbers = rng.choice([10, 18], num_atoms)
+    return Graph(atomic_numbers=numbers.astype(np.int64), positions=positions, group=group)
+
+
+def label(graph: Graph, potential: Potential | None = None) -> Graph:
+    """Return the structure with its energy and forces, and its stress where it is periodic."""
+    potential = potential or make_morse()
+    batch = collate([build_neighbors(graph, potential.cutoff)], torch.float64)
+    output = {k: v.numpy() for k, v in potential(batch, compute_stress=graph.is_periodic).items()}
+    stress = output["stress"][0] if graph.is_periodic else None
+    return dataclasses.replace(graph, energy=float(output["energy"][0]), forces=output["forces"], stress=stress)
+
+
+def write_dataset(folder: Path, splits: Mapping[str, Sequence[Graph]], name: str = "small") -> Path:
+    """Write labelled structures as a data set with its manifest."""
+    folder.mkdir(parents=True)
+    entries = [
+        e
+        for s, graphs in splits.items()
+        for e in shards.write_shards(folder, s, graphs, block_size=4, blocks_per_shard=3)
+    ]
+    graphs = [g for split in splits.values() for g in split]
+    manifest = shards.Manifest(
+        schema=shards.SCHEMA,
+        name=name,
+        level_of_theory="Morse",
+        licence="unknown",
+        units={"energy": "eV", "length": "Angstrom"},
+        labels=tuple(n for n in ("energy", "forces", "stress") if getattr(graphs[0], n) is not None),
+        splits={s: len(g) for s, g in splits.items()},
+        groups={n: sum(g.group == n for g in graphs) for n in sorted({g.group for g in graphs})},
+        statistics=compute_statistics(splits["train"], None),
+        provenance={},
+        shards=tuple(entries),
+    )
+    (folder / shards.MANIFEST_NAME).write_text(shards.dump_manifest(manifest), encoding="utf-8")
+    return folder
+
+
+def make_run(folder: Path, dataset: Path) -> Path:
+    """Make a run folder with a small untrained So3krates model for a data set."""
+    section = ModelSection(num_features=16, num_layers=1, num_heads=2, degrees=(1, 2), num_radial_basis=8, cutoff=4.0)
+    config = RunConfig(run=RunSection(folder=str(folder)), data=DataSection(folder=str(dataset)), model=section)
+    statistics = ModelStatistics.from_manifest(shards.load_manifest(dataset).statistics, section.cutoff)
+    torch.manual_seed(0)
+    save_model(folder, section, statistics, build_model(section, statistics).state_dict(), {"step": 0})
+    (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    return folder

@@ -1,0 +1,41 @@
+"""How many conformers per second and core come out of the loader alone, from shards to batches with neighbour pairs.
+
+    OMP_NUM_THREADS=1 python tests/benchmarks/loader.py DATA_FOLDER [section.key=value ...]
+
+Runs two epochs (at least 200 steps) in one process without workers; the first epoch is not counted. Results: loader.md.
+"""
+
+import sys
+import time
+from pathlib import Path
+
+from so3krates_dist.config import load_config
+from so3krates_dist.data.shards import check_dataset
+from so3krates_dist.data.stream import TrainingStream
+
+
+def main(folder: Path, settings: list[str]) -> None:
+    """Print the rate of the loader and what it was measured on."""
+    config = load_config([f"data.folder={folder}", *settings])
+    manifest = check_dataset(folder)
+    stream = TrainingStream(folder, manifest, config, rank=0, world_size=1)
+    epoch = max(stream.plan.steps_per_epoch, 100)
+    for step in range(epoch):
+        stream[step]
+    num_conformers = num_atoms = num_pairs = 0
+    wall, cpu = time.perf_counter(), time.process_time()
+    for step in range(epoch, 2 * epoch):
+        for batch in stream[step]:
+            num_conformers += batch.num_graphs
+            num_atoms += len(batch.atomic_numbers)
+            num_pairs += len(batch.pair_first)
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    print(
+        f"{manifest.name}: {num_conformers / cpu:,.0f} conformers per second and core"
+        f" ({num_conformers / wall:,.0f} on the clock), batch {config.data.batch_size}, cutoff {config.model.cutoff} Å,"
+        f" {num_atoms / num_conformers:.1f} atoms and {num_pairs / num_conformers:.0f} pairs per conformer"
+    )
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])

@@ -1,0 +1,231 @@
+"""What test_zero.py runs in real processes: one start, many checks; findings go to a JSON file per process."""
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from training_setup import find_differences, make_config
+
+from so3krates_dist.config import RunConfig
+from so3krates_dist.data.shards import load_manifest
+from so3krates_dist.data.stream import TrainingStream
+from so3krates_dist.distributed import read_rank, seed_everything, start_processes, stop_processes, wait_for_all
+from so3krates_dist.graph import GraphBatch
+from so3krates_dist.model.potential import ModelStatistics
+from so3krates_dist.model.registry import build_model
+from so3krates_dist.train.checkpoint import RunFolder
+from so3krates_dist.train.loop import Training
+from so3krates_dist.train.optim import compute_learning_rate
+
+CPU = torch.device("cpu")
+STAGES = (0, 1, 2)
+NUM_STEPS = 8
+Findings = dict[str, dict[str, Any]]
+
+
+class PlainTraining:
+    """The same training without DeepSpeed and without processes: the definition that the engine is measured by."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.section = config.train
+        dataset = Path(config.data.folder)
+        manifest = load_manifest(dataset)
+        self.stream = TrainingStream(dataset, manifest, config, 0, 1)
+        seed_everything(config.run.seed)
+        statistics = ModelStatistics.from_manifest(manifest.statistics, config.model.cutoff)
+        self.scale = statistics.energy_scale
+        self.potential = build_model(config.model, statistics).train()
+        named = dict(self.potential.named_parameters())
+        decayed = {n for n, p in named.items() if n.endswith("weight") and p.dim() > 1 and "embedding" not in n}
+        matrices, others = ([p for n, p in named.items() if (n in decayed) == choice] for choice in (True, False))
+        groups = [{"params": matrices, "weight_decay": self.section.weight_decay}, {"params": others, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, fused=False, foreach=False)
+
+    def step(self, step: int) -> tuple[float, float]:
+        """Train on the whole global batch; return the loss and the norm of its gradient."""
+        (batch,) = self.stream[step]
+        outputs = self.potential(batch)
+        energies = (outputs["energy"] - batch.energy) / batch.num_atoms / self.scale
+        forces = (outputs["forces"] - batch.forces) / self.scale
+        weights = self.section.energy_weight, self.section.forces_weight
+        loss = weights[0] * energies.square().mean().float() + weights[1] * forces.square().mean()
+        self.optimizer.zero_grad()
+        loss.backward()
+        limit = self.section.gradient_clipping or float("inf")
+        norm = torch.nn.utils.clip_grad_norm_(self.potential.parameters(), limit)
+        for group in self.optimizer.param_groups:
+            group["lr"] = compute_learning_rate(step, self.section)
+        self.optimizer.step()
+        return float(loss), float(norm)
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        return {f"weight.{n}": p.detach().clone() for n, p in self.potential.named_parameters()}
+
+
+class Checks:
+    """All checks of one process."""
+
+    def __init__(self, dataset: Path, folder: Path) -> None:
+        self.dataset, self.folder = dataset, folder
+        self.rank = read_rank()
+        self.number = itertools.count()
+        self.plain: dict[tuple[str, ...], tuple[dict[str, torch.Tensor], list[tuple[float, float]]]] = {}
+
+    def build(self, *settings: str) -> Training:
+        run = self.folder / f"run{next(self.number)}"
+        config = make_config(self.dataset, run, "train.weight_decay=0.05", "train.log_every=1000", *settings)
+        folder = RunFolder(config)
+        if self.rank.is_main:
+            folder.acquire()
+        wait_for_all()
+        training = Training(config, self.rank, CPU, load_manifest(self.dataset), folder)
+        folder.close()
+        return training
+
+    def train_plainly(
+        self, *settings: str, steps: tuple[int, ...] = tuple(range(NUM_STEPS))
+    ) -> tuple[dict[str, torch.Tensor], list[tuple[float, float]]]:
+        """Return the weights after the steps, and loss and gradient norm of each."""
+        key = (*settings, str(steps))
+        if key not in self.plain:
+            plain = PlainTraining(make_config(self.dataset, self.folder, "train.weight_decay=0.05", *settings))
+            facts = [plain.step(step) for step in steps]
+            self.plain[key] = plain.weights(), facts
+        return self.plain[key]
+
+    def gather(self, training: Training) -> dict[str, torch.Tensor]:
+        return training.engine.gather_state() | training.mean.get_state()
+
+    # ------------------------------------------------------------------------------------------------------------ checks
+
+    def check_trajectories(self) -> Findings:
+        """Every stage, portions, recomputation and clipping: the weights are those of plain torch."""
+        findings: Findings = {}
+        for clipping, batch_size in ((0.0, 6), (0.3, 6), (0.3, 2), (0.3, 1)):
+            data = (f"train.gradient_clipping={clipping}", f"data.batch_size={batch_size}")
+            expected, facts = self.train_plainly(*data)
+            for stage, micro, recompute in itertools.product(STAGES, (1, 2), (False, True)):
+                if recompute and (batch_size < 6 or not clipping):
+                    continue
+                name = f"stage {stage}, {micro} micro-batches, recompute {recompute}, clip {clipping}, batch {batch_size}"
+                more = (f"train.micro_batches={micro}", f"train.checkpoint_attention={recompute}")
+                training = self.build(*data, f"train.zero_stage={stage}", *more)
+                findings[name] = self.compare_trajectory(training, expected, facts)
+        return findings
+
+    def compare_trajectory(
+        self, training: Training, expected: dict[str, torch.Tensor], facts: list[tuple[float, float]]
+    ) -> dict[str, Any]:
+        start = self.gather(training)
+        finding = {"loss": 0.0, "norm": 0.0, "atoms": [], "graphs": [], "clipped": 0}
+        for step, (loss, norm) in enumerate(facts):
+            batches = training.stream[step]
+            found = training.train_step(step, batches, False)
+            finding["loss"] = max(finding["loss"], abs(found["loss"] / loss - 1))
+            finding["norm"] = max(finding["norm"], abs(found["gradient_norm"] / norm - 1))
+            finding["atoms"].append(sum(len(b.atomic_numbers) for b in batches))
+            finding["graphs"].append([b.num_graphs for b in batches])
+            finding["clipped"] += norm > (training.config.train.gradient_clipping or float("inf"))
+        state = self.gather(training)
+        finding["weights"] = max(float((state[n] - w).abs().max()) for n, w in expected.items())
+        finding["motion"] = max(float((state[n] - start[n]).abs().max()) for n in expected)
+        return finding
+
+    def check_states(self) -> Findings:
+        """A gathered state goes into any stage and number of processes and comes out bit for bit."""
+        findings: Findings = {}
+        states = {}
+        for stage in STAGES:
+            training = self.build(f"train.zero_stage={stage}")
+            for step in range(3):
+                training.train_step(step, training.stream[step], False)
+            states[f"{self.rank.world_size} processes, stage {stage}"] = self.gather(training)
+            if self.rank.is_main:
+                path = self.folder.parent / f"{self.rank.world_size} processes, stage {stage}.safetensors"
+                save_file(states[f"{self.rank.world_size} processes, stage {stage}"], path)
+        if self.rank.world_size == 1:
+            states |= {p.stem: load_file(p) for p in sorted(self.folder.parent.glob("[!1]*.safetensors"))}
+        for name, state in states.items():
+            for stage in STAGES:
+                training = self.build(f"train.zero_stage={stage}", "run.seed=7")
+                before = find_differences(state, self.gather(training))
+                training.engine.load_state(state)
+                training.mean.load_state(state)
+                after = self.gather(training)
+                finding: dict[str, Any] = {"before": len(before), "differences": find_differences(state, after)}
+                finding |= self.compare_next_steps(state, stage, training)
+                findings[f"{name} into {self.rank.world_size} processes, stage {stage}"] = finding
+        return findings
+
+    def compare_next_steps(self, state: dict[str, torch.Tensor], stage: int, loaded: Training) -> dict[str, Any]:
+        """Go on for three steps (of the data that seed 0 orders) and compare with plain torch that never stopped."""
+        expected, _ = self.train_plainly(steps=tuple(range(6)))
+        stream = TrainingStream(
+            self.dataset, load_manifest(self.dataset), make_config(self.dataset, self.folder), self.rank.rank,
+            self.rank.world_size,
+        )  # fmt: skip
+        for step in range(3, 6):
+            loaded.train_step(step, stream[step], False)
+        after = self.gather(loaded)
+        return {"weights": max(float((after[n] - w).abs().max()) for n, w in expected.items()), "steps": int(after["optimizer_steps"])}
+
+    def check_skipped_steps(self) -> Findings:
+        """A loss or gradient that is not finite on one process: the step is skipped by all, and nothing is changed."""
+        findings: Findings = {}
+        expected, _ = self.train_plainly(steps=(0, 1, 2, 4, 5))
+        for stage, micro in itertools.product(STAGES, (1, 2)):
+            for damage in DAMAGES if micro == 2 else ("nan position",):
+                training = self.build(f"train.zero_stage={stage}", f"train.micro_batches={micro}")
+                for step in range(3):
+                    training.train_step(step, training.stream[step], False)
+                before = self.gather(training)
+                batches = training.stream[3]
+                if self.rank.rank == self.rank.world_size - 1:
+                    DAMAGES[damage](batches[0])
+                facts = training.train_step(3, batches, False)
+                finding: dict[str, Any] = {
+                    "applied": facts["applied"],
+                    "differences": find_differences(before, self.gather(training)),
+                }
+                for step in (4, 5):
+                    training.train_step(step, training.stream[step], False)
+                after = self.gather(training)
+                finding["weights"] = max(float((after[n] - w).abs().max()) for n, w in expected.items())
+                findings[f"{damage}, stage {stage}, {micro} micro-batches"] = finding
+        return findings
+
+
+def _spoil_positions(batch: GraphBatch) -> None:
+    batch.positions[0] = float("nan")
+
+
+def _spoil_label(batch: GraphBatch) -> None:
+    assert batch.forces is not None
+    batch.forces[0, 0] = float("inf")
+
+
+def _enlarge_label(batch: GraphBatch) -> None:
+    """The error itself is finite; its square and the norm of the gradient are not."""
+    assert batch.forces is not None
+    batch.forces[0, 0] = 1e30
+
+
+DAMAGES = {"nan position": _spoil_positions, "infinite label": _spoil_label, "huge label": _enlarge_label}
+
+
+def run_checks(dataset: Path, folder: Path) -> int:
+    """Run all checks and write `findings<rank>.json`."""
+    rank = read_rank()
+    start_processes(rank, CPU)
+    checks = Checks(dataset, folder)
+    findings = {
+        "trajectories": checks.check_trajectories(),
+        "states": checks.check_states(),
+        "skipped": checks.check_skipped_steps(),
+    }
+    (folder / f"findings{rank.rank}.json").write_text(json.dumps(findings, indent=1))
+    stop_processes()
+    return 0

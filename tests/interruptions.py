@@ -1,0 +1,89 @@
+"""Training with something that happens at one step: what processes of the tests run instead of `so3krates train`."""
+
+import os
+import signal
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from training_setup import train
+
+from so3krates_dist.train.loop import Training
+
+
+def _before_step(step: int, rank: int, action: Callable[[Training], None]) -> None:
+    """Let something happen on one process before it does a step."""
+    original = Training.train_step
+
+    def train_step(self: Training, number: int, *arguments: Any) -> dict[str, float]:
+        if number == step and self.rank.rank == rank:
+            action(self)
+        return original(self, number, *arguments)
+
+    Training.train_step = train_step  # type: ignore[method-assign]
+
+
+def train_with_signal(settings: Sequence[str], step: int, rank: int, number: int) -> int:
+    """Get a signal in the midst of training; the step at hand is finished first."""
+    _before_step(step, rank, lambda _: os.kill(os.getpid(), number))
+    return train(settings)
+
+
+def train_and_die(settings: Sequence[str], step: int, rank: int) -> int:
+    """Be killed: no handler runs, nothing is flushed or saved."""
+    return train_with_signal(settings, step, rank, signal.SIGKILL)
+
+
+def train_with_stop_file(settings: Sequence[str], step: int, rank: int) -> int:
+    """Find the stop file that somebody has put into the run folder."""
+    _before_step(step, rank, lambda training: (training.path / "STOP").touch())
+    return train(settings)
+
+
+def train_on_nan(settings: Sequence[str], first_step: int, rank: int) -> int:
+    """Compute nan on one process from a step on."""
+    original = Training.train_step
+
+    def train_step(self: Training, number: int, batches: Any, *arguments: Any) -> dict[str, float]:
+        if number >= first_step and self.rank.rank == rank:
+            for batch in batches:
+                batch.positions[:1] = float("nan")
+        return original(self, number, batches, *arguments)
+
+    Training.train_step = train_step  # type: ignore[method-assign]
+    return train(settings)
+
+
+def flip_byte(path: Path, position: int) -> None:
+    """Damage a file as a bad disk does."""
+    content = bytearray(path.read_bytes())
+    content[position] ^= 0x10
+    path.write_bytes(content)
+
+
+def find_block_of_rank(training: Training, rank: int, epoch: int) -> Any:
+    """Return the shard and block that one process alone reads in an epoch."""
+    stream = training.stream
+    plan, per_rank = stream.plan, training.config.data.lanes // training.rank.world_size
+    place = plan.locate(epoch * plan.steps_per_epoch)
+    owners: dict[int, set[int]] = {}
+    for lane in range(training.config.data.lanes):
+        for block in plan.rows_of_lane(place, lane)[:, 0]:
+            owners.setdefault(int(block), set()).add(lane // per_rank)
+    return stream._blocks[next(b for b, ranks in owners.items() if ranks == {rank})]
+
+
+def train_on_damaged_shard(settings: Sequence[str], step: int, rank: int) -> int:
+    """Meet a shard in the second epoch that was damaged after the start, on one process alone."""
+
+    def damage(training: Training) -> None:
+        shard, block = find_block_of_rank(training, rank, epoch=1)
+        path = Path(training.config.data.folder) / shard.file
+        with path.open("r+b") as file:  # in place: the processes have the file open
+            file.seek(block.offset + block.size // 2)
+            byte = file.read(1)[0]
+            file.seek(-1, os.SEEK_CUR)
+            file.write(bytes([byte ^ 0x10]))
+
+    _before_step(step, 0, damage)
+    return train(settings)

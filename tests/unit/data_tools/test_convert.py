@@ -1,0 +1,362 @@
+"""Converting: keys, units, faulty structures, and two real sets where they are at hand."""
+
+from pathlib import Path
+
+import ase
+import ase.io
+import numpy as np
+import pytest
+from ase.calculators.singlepoint import SinglePointCalculator
+
+from data_tools import convert
+from data_tools.dataset import iter_dataset
+from data_tools.readers import read_structures
+from data_tools.validate import validate
+from so3krates_dist.data.shards import SPLITS, load_manifest
+from so3krates_dist.errors import DataError
+from so3krates_dist.graph import Graph
+from so3krates_dist.units import ENERGY_UNITS, KCAL_PER_MOL_EV, LENGTH_UNITS
+
+
+def write_npz(path: Path, graphs: list[Graph], *, units: tuple[str, str] = ("kcal/mol", "Angstrom"), **others) -> Path:
+    e, x = ENERGY_UNITS[units[0]], LENGTH_UNITS[units[1]]
+    arrays = {
+        "z": graphs[0].atomic_numbers.astype(np.uint8),
+        "R": np.stack([g.positions for g in graphs]) / x,
+        "E": np.array([[g.energy] for g in graphs]) / e,
+        "F": np.stack([g.forces for g in graphs]) / (e / x),
+    } | others
+    arrays = {k: v for k, v in arrays.items() if v is not None}
+    np.savez(path, **arrays)
+    return path
+
+
+def write_xyz(path: Path, graphs: list[Graph], *, prefix: str | None = None, info: dict | None = None) -> Path:
+    frames = []
+    for graph in graphs:
+        atoms = ase.Atoms(graph.atomic_numbers, graph.positions)
+        atoms.info |= info or {}
+        if prefix is None:
+            atoms.calc = SinglePointCalculator(atoms, energy=graph.energy, forces=graph.forces)
+        else:
+            atoms.info[f"{prefix}energy"], atoms.arrays[f"{prefix}forces"] = graph.energy, graph.forces
+        frames.append(atoms)
+    ase.io.write(path, frames, format="extxyz")
+    return path
+
+
+def load_all(folder: Path) -> list[Graph]:
+    manifest = load_manifest(folder)
+    return [g for s in SPLITS for g in iter_dataset(folder, manifest, s)]
+
+
+def assert_same_structures(found: list[Graph], expected: list[Graph]) -> None:
+    by_energy = {round(g.energy, 6): g for g in found}
+    assert len(by_energy) == len(expected)
+    for graph in expected:
+        other = by_energy[round(graph.energy, 6)]
+        np.testing.assert_allclose(other.positions, graph.positions, atol=1e-6)
+        np.testing.assert_allclose(other.forces, graph.forces, atol=1e-5)
+
+
+@pytest.mark.parametrize("energy", ["eV", "kcal/mol", "kJ/mol", "Hartree"])
+@pytest.mark.parametrize("length", ["Angstrom", "Bohr", "nm"])
+def test_units_of_an_npz_are_recognised(tmp_path: Path, make_water, run_tool, capsys, energy: str, length: str) -> None:
+    graphs = make_water(40)
+    path = write_npz(tmp_path / "water.npz", graphs, units=(energy, length))
+    assert run_tool(convert, path, "--out", tmp_path / "set") == 0
+    text = capsys.readouterr().out
+    assert f"energy unit: {energy} (recognised: 1.0" in text
+    assert f"length unit: {length} (" in text
+    assert f"force unit: {energy}/{length}" in text
+    assert_same_structures(load_all(tmp_path / "set"), graphs)
+    provenance = load_manifest(tmp_path / "set").provenance
+    assert provenance["unit_factors"]["energy"] == ENERGY_UNITS[energy]
+    assert provenance["sources"][0]["file"] == "water.npz"
+
+
+def test_names_of_rmd17_are_known(tmp_path: Path, make_water, run_tool) -> None:
+    graphs = make_water(30)
+    arrays = {
+        "nuclear_charges": graphs[0].atomic_numbers,
+        "coords": np.stack([g.positions for g in graphs]),
+        "energies": np.array([g.energy for g in graphs]) / KCAL_PER_MOL_EV,
+        "forces": np.stack([g.forces for g in graphs]) / KCAL_PER_MOL_EV,
+        "old_indices": np.arange(30),
+    }
+    np.savez(tmp_path / "rmd17.npz", **arrays)
+    assert run_tool(convert, tmp_path / "rmd17.npz", "--out", tmp_path / "set", "--group", "my-water") == 0
+    assert_same_structures(load_all(tmp_path / "set"), graphs)
+    assert load_manifest(tmp_path / "set").groups == {"my-water": 30}
+
+
+def test_padded_and_periodic_npz(tmp_path: Path, make_water) -> None:
+    graphs = make_water(2)
+    padded = np.array([[8, 1, 1], [8, 1, 0]])
+    path = write_npz(tmp_path / "a.npz", graphs, z=padded, unit_cell=9 * np.eye(3), pbc=np.array([True, True, False]))
+    first, second = read_structures(path, {}).graphs
+    assert (first.num_atoms, second.num_atoms) == (3, 2)
+    assert second.forces.shape == (2, 3)
+    assert second.cell.tolist() == (9 * np.eye(3)).tolist()
+    assert first.pbc.tolist() == [True, True, False]
+
+
+@pytest.mark.parametrize("prefix", [None, "REF_", "my_"])
+def test_extxyz_with_known_or_named_keys(tmp_path: Path, make_water, run_tool, capsys, prefix) -> None:
+    graphs = make_water(30)
+    path = write_xyz(tmp_path / "water.xyz", graphs, prefix=prefix)
+    keys = ["--keys", "energy=my_energy", "forces=my_forces"] if prefix == "my_" else []
+    assert run_tool(convert, path, "--out", tmp_path / "set", *keys) == 0
+    assert_same_structures(load_all(tmp_path / "set"), graphs)
+    text = capsys.readouterr().out
+    assert "energy unit: eV (ASE's convention)" in text
+    assert "units check: energies follow forces with slope 1.0" in text
+    assert load_manifest(tmp_path / "set").provenance["keys"]["energy"] == f"{prefix or ''}energy"
+
+
+def test_units_that_are_given_are_taken(tmp_path: Path, make_water, run_tool, capsys) -> None:
+    graphs = make_water(30)
+    for graph in graphs:
+        graph.energy /= ENERGY_UNITS["Hartree"]
+    path = write_xyz(tmp_path / "water.xyz", graphs)
+    units = ["--energy-unit", "Hartree", "--length-unit", "Angstrom", "--force-unit", "eV/Angstrom"]
+    assert run_tool(convert, path, "--out", tmp_path / "set", *units) == 0
+    assert "energy unit: Hartree (given)" in capsys.readouterr().out
+    for graph in graphs:
+        graph.energy *= ENERGY_UNITS["Hartree"]
+    assert_same_structures(load_all(tmp_path / "set"), graphs)
+
+
+def test_units_that_are_given_but_do_not_fit_are_warned_about(tmp_path: Path, make_water, run_tool, capsys) -> None:
+    path = write_xyz(tmp_path / "water.xyz", make_water(30))
+    units = ["--energy-unit", "kcal/mol", "--length-unit", "Angstrom", "--force-unit", "eV/Angstrom"]
+    assert run_tool(convert, path, "--out", tmp_path / "set", *units) == 0
+    assert (
+        "warning: water.xyz has energies that change 0.043 times as much as the forces say" in capsys.readouterr().out
+    )
+
+
+def test_stress_cell_charge_and_spin_come_over(tmp_path: Path) -> None:
+    atoms = ase.Atoms("OH", [[0, 0, 0], [0, 0, 0.97]], cell=[4, 5, 6], pbc=True)
+    atoms.info |= {"charge": 0, "spin": 2, "config_type": "radical"}
+    atoms.calc = SinglePointCalculator(
+        atoms, energy=-2050.0, forces=np.zeros((2, 3)), stress=np.arange(1.0, 7.0), dipole=[0, 0, 1]
+    )
+    molecule = ase.Atoms("OH", [[0, 0, 0], [0, 0, 0.98]])
+    molecule.info |= {"charge": -1, "spin": 1}
+    molecule.calc = SinglePointCalculator(
+        molecule, energy=-2051.0, forces=np.zeros((2, 3)), stress=np.zeros(6), dipole=[0, 0, 2.0]
+    )
+    ase.io.write(tmp_path / "oh.xyz", [atoms, molecule], format="extxyz")
+    first, second = read_structures(tmp_path / "oh.xyz", {}).graphs
+    assert first.stress.tolist() == [[1, 6, 5], [6, 2, 4], [5, 4, 3]]
+    assert first.pbc.all()
+    assert (first.num_unpaired_electrons, first.total_charge, first.group) == (1, 0, "radical")
+    assert (second.num_unpaired_electrons, second.total_charge, second.group) == (0, -1, "HO")
+    assert second.pbc is not None
+    assert not second.is_periodic
+    assert second.dipole.tolist() == [0, 0, 2]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "unpaired"),
+    [
+        ("spin", 3, 2),
+        ("spin", 2, 2),
+        ("multiplicity", 3, 2),
+        ("spin_multiplicity", 1, 0),
+        ("uhf", 2, 2),
+        ("spin", 0, 0),
+    ],
+)
+def test_what_spin_means_is_told_by_the_parity_of_the_electrons(
+    tmp_path: Path, make_water, key, value, unpaired
+) -> None:
+    path = write_xyz(tmp_path / "water.xyz", make_water(1), info={key: value})
+    assert read_structures(path, {}).graphs[0].num_unpaired_electrons == unpaired
+
+
+def test_isolated_atoms_reach_the_statistics(tmp_path: Path, make_water, run_tool) -> None:
+    path = write_npz(tmp_path / "water.npz", make_water(20))
+    atoms = {"z": np.array([[1], [8]]), "R": np.zeros((2, 1, 3)), "E": np.array([-313.0, -47000.0])}
+    np.savez(tmp_path / "atoms.npz", **atoms)
+    assert run_tool(convert, path, "--out", tmp_path / "set", "--isolated-atoms", tmp_path / "atoms.npz") == 0
+    manifest = load_manifest(tmp_path / "set")
+    expected = {"1": -313.0 * KCAL_PER_MOL_EV, "8": -47000.0 * KCAL_PER_MOL_EV}
+    assert manifest.statistics["isolated_atom_energies"] == pytest.approx(expected)
+    assert [s["file"] for s in manifest.provenance["sources"]] == ["water.npz", "atoms.npz"]
+
+
+@pytest.mark.parametrize(
+    ("numbers", "message"),
+    [
+        ([[1, 1]], r"atoms.npz:0 must be one atom with an energy; got 2 atoms"),
+        ([[1], [1]], r"atoms.npz:1 must have each element once; got H"),
+    ],
+)
+def test_isolated_atoms_that_are_none_are_refused(tmp_path: Path, make_water, run_tool, numbers, message: str) -> None:
+    path = write_npz(tmp_path / "water.npz", make_water(20))
+    z = np.array(numbers)
+    np.savez(tmp_path / "atoms.npz", z=z, R=np.arange(z.size * 3.0).reshape(*z.shape, 3), E=np.full(len(z), -13.6))
+    with pytest.raises(DataError, match=message):
+        run_tool(convert, path, "--out", tmp_path / "set", "--isolated-atoms", tmp_path / "atoms.npz")
+
+
+# ------------------------------------------------------------------------------------------------- what a user can do wrong
+
+
+@pytest.mark.parametrize(
+    ("change", "words", "message"),
+    [
+        ({"E": None, "F": None}, [], r"water.npz must have labels \(energy, forces\); got none that is known. Name"),
+        ({"E": None}, [], "water.npz must have energies that tell the energy unit; got none. Give --energy-unit"),
+        ({"E": np.linspace(-9, -8, 20)}, [], "water.npz must have total energies of all electrons, .*; got -2.8.* per atom"),
+        ({"energy": np.zeros(20)}, [], "water.npz must have one key for energy; got energy and E. Choose with --keys energy=KEY"),
+        ({}, ["--keys", "energy=U"], "water.npz must have the key `U` for energy; got E, F, R, z. Correct --keys"),
+        ({}, ["--keys", "enery=E"], "--keys enery=E must map a label to a key of the file; got 'enery=E'"),
+        ({}, ["--keys", "energy"], "--keys energy must map a label to a key of the file"),
+        ({"z": None}, [], "water.npz must have atomic_numbers; got E, F, R. Name its key with --keys"),
+        ({"R": np.zeros((20, 9))}, [], r"water.npz positions must have shape \(conformers, atoms, 3\); got \(20, 9\)"),
+        ({"E": np.zeros(7)}, [], r"water.npz energy must have 20 rows like positions; got \(7,\)"),
+        ({"F": np.zeros((20, 2, 3))}, [], r"water.npz:0 forces must have shape \(3, 3\); got \(2, 3\)"),
+        ({"E": np.array(["low"] * 20)}, [], "water.npz:0 energy must be numbers; got"),
+        ({}, ["--max-force", "1e-9"], "water.npz:0 H2O must have forces of at most 1e-09 eV/Å; got"),
+        ({"Q": np.ones(20)}, [], r"water.npz:0 H2O must have as many paired .*; got 9 electrons with 0 unpaired at charge 1"),
+        ({"R": np.zeros((20, 3, 3))}, ["--length-unit", "Angstrom"], "water.npz:0 H2O must have its atoms at least 0.3 Å apart"),
+        ({"R": np.zeros((20, 3, 3))}, [], "water.npz must have bond lengths in Å; got 0.00 times the usual ones. Give"),
+        ({}, ["--force-unit", "kcal"], "--force-unit must be an energy unit, a slash and a length unit; got 'kcal'"),
+        ({}, ["--force-unit", "Hartree/Bohr"], "lengths in units that agree; got forces with an RMS"),
+        ({}, ["--split", "1,2"], "--split must be three numbers"),
+    ],
+)  # fmt: skip
+def test_bad_npz_files_and_options(tmp_path: Path, make_water, run_tool, change, words, message: str) -> None:
+    path = write_npz(tmp_path / "water.npz", make_water(20), **change)
+    with pytest.raises(DataError, match=message):
+        run_tool(convert, path, "--out", tmp_path / "set", *words)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["water.npz"]
+
+
+def test_energies_alone_in_the_wrong_unit_are_refused(tmp_path: Path, make_water, run_tool) -> None:
+    graphs = make_water(40)
+    for graph in graphs:
+        graph.energy /= KCAL_PER_MOL_EV
+    path = write_xyz(tmp_path / "water.xyz", graphs)
+    with pytest.raises(
+        DataError, match=r"units that agree; got energies that change 23 times as much as the forces say. Give"
+    ):
+        run_tool(convert, path, "--out", tmp_path / "set")
+
+
+def test_lengths_in_bohr_in_an_xyz_are_refused(tmp_path: Path, make_water, run_tool) -> None:
+    graphs = make_water(5)
+    for graph in graphs:
+        graph.positions = graph.positions / LENGTH_UNITS["Bohr"]
+    path = write_xyz(tmp_path / "water.xyz", graphs)
+    with pytest.raises(
+        DataError, match=r"must have bond lengths in Å; got 1.[89]\d times the usual ones, like Bohr. Give --length"
+    ):
+        run_tool(convert, path, "--out", tmp_path / "set")
+
+
+def test_single_atoms_do_not_tell_a_length_unit(tmp_path: Path, run_tool) -> None:
+    np.savez(tmp_path / "he.npz", z=np.array([2]), R=np.arange(9.0).reshape(3, 1, 3), E=np.full(3, -79.0))
+    with pytest.raises(DataError, match=r"he.npz must have bonds that tell the length unit; got single atoms"):
+        run_tool(convert, tmp_path / "he.npz", "--out", tmp_path / "set")
+
+
+def test_faulty_structures_are_refused_or_dropped_and_counted(tmp_path: Path, make_water, run_tool, capsys) -> None:
+    graphs = make_water(30)
+    graphs[7].energy = float("nan")
+    graphs[9].forces = 1e4 * graphs[9].forces
+    path = write_npz(tmp_path / "water.npz", graphs)
+    words = ["--energy-unit", "kcal/mol", "--length-unit", "Angstrom"]
+    message = r"water.npz:7 H2O must have finite energy; got nan or infinity. Correct it, or add --drop-faulty"
+    with pytest.raises(DataError, match=message):
+        run_tool(convert, path, "--out", tmp_path / "set", *words)
+    assert run_tool(convert, path, "--out", tmp_path / "set", *words, "--drop-faulty") == 0
+    assert load_manifest(tmp_path / "set").provenance["dropped"] == {"energy not finite": 1, "force too large": 1}
+    assert "dropped: {'energy not finite': 1, 'force too large': 1}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("content", "name", "message"),
+    [
+        (b"PK not a zip", "a.npz", r"a.npz must be a readable npz archive; got"),
+        (b"", "a.npz", r"a.npz must be a readable npz archive; got"),
+        (b"3\nnonsense\nO 0 0\n", "a.xyz", r"a.xyz must be readable by ASE; got"),
+        (b"", "a.extxyz", r"a.extxyz must (be readable by ASE|hold structures); got"),
+        (b"?", "a.unknown", r"a.unknown must be readable by ASE; got UnknownFileTypeError"),
+        (b"2\nenergy=-1.0\nH 0 0 0\nH 0 0 0.7\n2\nx=1\nH 0 0 0\nH 0 0 0.8\n", "a.xyz", "xyz:1 must have `energy` like the others"),
+        (b"2\nlabel=-1.0\nH 0 0 0\nH 0 0 0.7\n", "a.xyz", r"a.xyz must have labels \(energy, forces\); got none"),
+        (b"2\nenergy=-1.0 REF_energy=-2.0\nH 0 0 0\nH 0 0 0.7\n", "a.xyz", "one key for energy; got energy and REF_energy"),
+    ],
+)  # fmt: skip
+def test_files_that_cannot_be_read(tmp_path: Path, run_tool, content: bytes, name: str, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        run_tool(convert, tmp_path / name, "--out", tmp_path / "set")
+
+
+def test_an_xyz_without_structures_is_refused(tmp_path: Path, run_tool) -> None:
+    ase.io.write(tmp_path / "a.traj", [ase.Atoms("H")])
+    (tmp_path / "empty.json").write_text('{"ids": [], "nextid": 1}')
+    with pytest.raises(DataError, match=r"empty.json must (hold structures|be readable by ASE); got"):
+        run_tool(convert, tmp_path / "empty.json", "--out", tmp_path / "set")
+
+
+def test_pickled_arrays_are_refused(tmp_path: Path, run_tool) -> None:
+    np.savez(tmp_path / "a.npz", z=np.array([8, 1, 1]), R=np.array([{"a": 1}], dtype=object))
+    with pytest.raises(DataError, match=r"a.npz must be a readable npz archive; got Object arrays cannot be loaded"):
+        run_tool(convert, tmp_path / "a.npz", "--out", tmp_path / "set")
+
+
+def test_missing_input_and_existing_output(tmp_path: Path, make_water, run_tool) -> None:
+    with pytest.raises(DataError, match=r"nothing.npz must be a file; got nothing there"):
+        run_tool(convert, tmp_path / "nothing.npz", "--out", tmp_path / "set")
+    (tmp_path / "set").mkdir()
+    with pytest.raises(DataError, match=r"set must not exist yet; got a folder"):
+        run_tool(convert, tmp_path / "nothing.npz", "--out", tmp_path / "set")
+
+
+# ----------------------------------------------------------------------------------------------------------------- real data
+
+
+def test_md17_ethanol(real_data: Path, tmp_path: Path, run_tool, capsys) -> None:
+    words = ["--split", "950,50,1000", "--group", "ethanol"]
+    assert run_tool(convert, real_data / "md17" / "ethanol.npz", "--out", tmp_path / "set", *words) == 0
+    assert "energy unit: kcal/mol (recognised: 1.009" in capsys.readouterr().out
+    manifest = load_manifest(tmp_path / "set")
+    assert [manifest.num_conformers(s) for s in SPLITS] == [950, 50, 1000]
+    assert manifest.statistics["force_rms"] == pytest.approx(0.94, abs=0.02)
+    report = validate(tmp_path / "set")
+    assert (report.errors, report.warnings) == ([], [])
+
+
+def test_3bpa(real_data: Path, tmp_path: Path, run_tool, capsys) -> None:
+    isolated = real_data / "3bpa" / "iso_atoms.xyz"
+    words = ["--isolated-atoms", isolated, "--group", "3bpa"]
+    assert run_tool(convert, real_data / "3bpa" / "train_300K.xyz", "--out", tmp_path / "set", *words) == 0
+    assert "energy unit: eV (ASE's convention)" in capsys.readouterr().out
+    statistics = load_manifest(tmp_path / "set").statistics
+    assert statistics["isolated_atom_energies"]["8"] == pytest.approx(-2041.98, abs=0.01)
+    assert all(-10 < statistics["energy_baselines"][z] - e < 0 for z, e in statistics["isolated_atom_energies"].items())
+    raw = {
+        g.positions.astype(np.float32).tobytes(): g
+        for g in read_structures(real_data / "3bpa" / "train_300K.xyz", {}).graphs
+    }
+    for graph in load_all(tmp_path / "set"):
+        np.testing.assert_allclose(graph.forces, raw[graph.positions.tobytes()].forces, atol=1e-6)
+    report = validate(tmp_path / "set")
+    assert (report.errors, report.warnings) == ([], [])
+
+
+def test_single_atoms_in_an_xyz_are_in_angstrom_by_convention(tmp_path: Path, run_tool, capsys) -> None:
+    (tmp_path / "he.xyz").write_text("".join(f"1\nenergy={-79 - i}\nHe 0 0 {i}\n" for i in range(3)))
+    assert run_tool(convert, tmp_path / "he.xyz", "--out", tmp_path / "set", "--split", "3,0,0") == 0
+    assert "length unit: Angstrom (ASE's convention)" in capsys.readouterr().out
+
+
+def test_stress_may_be_nine_numbers(tmp_path: Path) -> None:
+    lattice = 'Lattice="4 0 0 0 4 0 0 0 4" Properties=species:S:1:pos:R:3'
+    (tmp_path / "a.xyz").write_text(f'1\n{lattice} energy=-1 REF_stress="1 2 3 2 5 6 3 6 9"\nHe 0 0 0\n')
+    assert read_structures(tmp_path / "a.xyz", {}).graphs[0].stress.tolist() == [[1, 2, 3], [2, 5, 6], [3, 6, 9]]

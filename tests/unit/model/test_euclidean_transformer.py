@@ -1,0 +1,85 @@
+"""The network as a whole: where its options put which module, shapes, and the element table."""
+
+import dataclasses
+import typing
+
+import pytest
+import torch
+from torch import nn
+
+from so3krates_dist.config import ModelSection
+from so3krates_dist.model.euclidean_transformer import EuclideanLayer, EuclideanTransformer
+from so3krates_dist.model.potential import compute_vectors
+from so3krates_dist.model.registry import NETWORKS
+from structures import OPTIONS, make_batch, make_crystal, make_molecule
+
+NORMS = ("pre_attention_norm", "post_attention_norm", "pre_exchange_norm", "post_exchange_norm")
+
+
+def get_layer(section: ModelSection) -> EuclideanLayer:
+    layer = EuclideanTransformer(section, 5.0).layers[0]
+    assert isinstance(layer, EuclideanLayer)
+    return layer
+
+
+def test_the_schema_offers_what_there_is() -> None:
+    assert typing.get_args(typing.get_type_hints(ModelSection)["name"]) == tuple(NETWORKS)
+
+
+@pytest.mark.parametrize(("normalization", "expected"), [("none", ()), ("pre", NORMS[::2]), ("post", NORMS[1::2])])
+def test_where_the_norms_are(normalization: typing.Any, expected: tuple[str, ...]) -> None:
+    layer = get_layer(dataclasses.replace(OPTIONS["so3lr"], normalization=normalization))
+    assert tuple(name for name in NORMS if isinstance(getattr(layer, name), nn.LayerNorm)) == expected
+
+
+def test_message_scales() -> None:
+    section = OPTIONS["so3lr"]  # 24 features, 4 heads, 4 degrees
+    assert get_layer(section).attention.scales == (5.0, 5.0)
+    section = dataclasses.replace(section, message_scale="sqrt_features", degrees=(1, 2, 3))
+    assert get_layer(section).attention.scales == (6**0.5, 8**0.5)
+
+
+def test_filter_widths() -> None:
+    default = get_layer(OPTIONS["so3lr"]).attention
+    assert (default.radial_filter.num_hidden, default.spherical_filter.num_hidden) == (24, 6)
+    section = dataclasses.replace(OPTIONS["so3lr"], radial_filter_width=10, spherical_filter_width=3)
+    given = get_layer(section).attention
+    assert (given.radial_filter.num_hidden, given.spherical_filter.num_hidden) == (10, 3)
+
+
+def test_parameter_count_of_so3lrs_backbone() -> None:
+    """Specification, section 4: 3 layers of 121,812, element table 15,232, energy readout 16,512 + 129."""
+    section = ModelSection(cutoff=4.5, spherical_filter_width=32)
+    network = EuclideanTransformer(section, 13.17)
+    layers = [sum(p.numel() for p in layer.parameters()) for layer in network.layers]
+    assert layers == [121_812] * 3
+    assert network.embedding.weight.numel() == 15_232
+    assert sum(p.numel() for p in network.parameters()) == 3 * 121_812 + 15_232 + 16_512 + 129
+
+
+def test_element_table() -> None:
+    torch.manual_seed(0)
+    table = EuclideanTransformer(ModelSection(num_features=64), 5.0).embedding.weight
+    assert table.shape == (119, 64)
+    assert table.std().item() == pytest.approx(1 / 8, rel=0.05)
+    assert table.detach().abs().max() > 3 / 8  # not truncated
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_one_number_per_atom(options: str) -> None:
+    network = EuclideanTransformer(OPTIONS[options], 5.0)
+    batch = make_batch([make_molecule(), make_crystal("self_images")], dtype=torch.float32)
+    energies = network(batch, compute_vectors(batch))
+    assert energies.shape == (11,)
+    assert energies.dtype == torch.float32
+
+
+def test_layers_have_weights_of_their_own() -> None:
+    network = EuclideanTransformer(OPTIONS["so3lr"], 5.0)
+    first, second = (layer.attention.feature_projections.weight for layer in network.layers)
+    assert not torch.equal(first, second)
+
+
+def test_state_holds_weights_only() -> None:
+    network = EuclideanTransformer(OPTIONS["so3lr"], 5.0)
+    assert sorted(network.state_dict()) == sorted(name for name, _ in network.named_parameters())

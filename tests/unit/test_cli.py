@@ -1,0 +1,158 @@
+"""The command line: verbs, exit codes, one line for every mistake, and nothing heavy before it is needed."""
+
+import argparse
+import os
+import subprocess
+import sys
+
+import pytest
+
+from so3krates_dist import __version__, cli
+from so3krates_dist.errors import EXIT_CONFIG, EXIT_DATA, CheckpointError, DataError
+
+
+def run_command(*words: str, cwd=None) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"COLUMNS": "200"}
+    command = [sys.executable, "-m", "so3krates_dist.cli", *words]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd, env=environment, timeout=60)
+
+
+def run_main(capsys, *words: str) -> tuple[int, str, str]:
+    try:
+        code = cli.main(words)
+    except SystemExit as stop:  # argparse leaves this way
+        code = stop.code
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_help_lists_every_verb(capsys):
+    code, out, err = run_main(capsys, "--help")
+    assert code == 0
+    assert err == ""
+    for verb, (_, text) in cli.VERBS.items():
+        assert verb in out
+        assert text.split(":")[0].split()[0] in out
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_every_verb_has_help(capsys, verb):
+    code, out, _ = run_main(capsys, verb, "--help")
+    assert code == 0
+    assert out.startswith(f"usage: so3krates {verb}")
+
+
+def test_train_help_shows_examples(capsys):
+    _, out, _ = run_main(capsys, "train", "--help")
+    assert "so3krates train run=quickstart" in out
+    assert "deepspeed --num_accelerators 2 launch/train.py run=quickstart" in out
+    assert "The same command resumes" in out
+
+
+def test_version(capsys):
+    assert run_main(capsys, "--version")[:2] == (0, f"{__version__}\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ((), "the following arguments are required: verb. `so3krates --help` shows what it takes."),
+        (("trian",), "argument verb: invalid choice: 'trian'"),
+        (("--colour", "train"), "unrecognized arguments: --colour"),
+        (("evaluate",), "so3krates evaluate: the following arguments are required: RUN. `so3krates evaluate --help`"),
+        (("doctor", "--folder"), "so3krates doctor: argument --folder: expected one argument"),
+    ],
+)
+def test_a_malformed_command_line_is_one_line(capsys, words, expected):
+    code, out, err = run_main(capsys, *words)
+    assert code == cli.EXIT_USAGE
+    assert out == ""
+    assert expected in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "expected"),
+    [
+        (("train", "train.lr=1"), EXIT_CONFIG, "Did you mean `train.learning_rate`?"),
+        (("train", "train.learning_rate=nan"), EXIT_CONFIG, "train.learning_rate must be a finite number; got nan."),
+        (("train", "model.cutoff=-1"), EXIT_CONFIG, "model.cutoff must be greater than zero; got -1.0."),
+        (("train", "quickstart"), EXIT_CONFIG, "quickstart must have the form key=value"),
+        (("train",), EXIT_CONFIG, "data.folder must name a data set; got nothing."),
+        (("train", "data.folder=/nowhere"), EXIT_DATA, "/nowhere must hold a manifest.json; got no such file."),
+        (("validate", "/nowhere"), EXIT_DATA, "/nowhere must hold a manifest.json"),
+        (("info", "/nowhere"), CheckpointError.exit_code, "/nowhere must be a run folder; got no config.yaml in it."),
+    ],
+)  # fmt: skip
+def test_what_a_user_can_mend_is_one_line_and_an_exit_code(capsys, words, code, expected):
+    found, _, err = run_main(capsys, *words)
+    assert found == code
+    assert err.startswith("so3krates: ")
+    assert expected in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (DataError("a.tar:b", "have 3 bytes", "2 bytes", "Copy it again"), EXIT_DATA, "so3krates: a.tar:b must have 3 bytes; got 2"),
+        (KeyboardInterrupt(), cli.EXIT_INTERRUPTED, "so3krates: interrupted"),
+    ],
+)  # fmt: skip
+def test_errors_from_within_a_verb_become_exit_codes(monkeypatch, capsys, error, code, line):
+    def add_arguments(_parser: argparse.ArgumentParser):
+        def run(_arguments: argparse.Namespace) -> int:
+            raise error
+
+        return run
+
+    monkeypatch.setitem(cli.VERBS, "doctor", (add_arguments, "check"))
+    found, _, err = run_main(capsys, "doctor")
+    assert found == code
+    assert err.startswith(line)
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch):
+    def add_arguments(_parser: argparse.ArgumentParser):
+        def run(_arguments: argparse.Namespace) -> int:
+            raise ZeroDivisionError
+
+        return run
+
+    monkeypatch.setitem(cli.VERBS, "doctor", (add_arguments, "check"))
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["doctor"])
+
+
+def test_exit_codes_reach_the_shell():
+    result = run_command("train", "train.zero_stage=7")
+    assert result.returncode == EXIT_CONFIG
+    assert result.stderr == "so3krates: train.zero_stage must be 0, 1 or 2; got 7. Change the value.\n"
+    assert result.stdout == ""
+
+
+def test_a_config_error_comes_before_anything_heavy_is_imported():
+    code = (
+        "import sys; from so3krates_dist import cli; code = cli.main(['train', 'train.zero_stage=7']);"
+        "print(code, sorted({'torch', 'deepspeed', 'numpy', 'ase', 'wandb'} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout == f"{EXIT_CONFIG} []\n"
+
+
+@pytest.mark.parametrize("verb", ["generate", "convert"])
+def test_making_data_needs_no_deepspeed(verb):
+    code = (
+        f"import sys; from so3krates_dist import cli\ntry: cli.main(['{verb}', '--help'])\nexcept SystemExit: pass\n"
+        "print(sorted({'deepspeed', 'wandb', 'e3nn'} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "[]"
+
+
+def test_a_reader_that_leaves_early_is_no_error():
+    command = f"{sys.executable} -m so3krates_dist.cli info --config | head -n 1"
+    result = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=False)
+    assert result.returncode == 0
+    assert result.stderr == ""
+    assert result.stdout.startswith("run.name = run")

@@ -1,0 +1,105 @@
+"""`so3krates info`: every setting with its meaning, the installation, a run folder."""
+
+import dataclasses
+import json
+
+import pytest
+
+from so3krates_dist import config
+from so3krates_dist.cli import main
+from so3krates_dist.errors import CheckpointError, ConfigError
+from so3krates_dist.train import info
+
+
+@pytest.fixture
+def run_folder(tmp_path):
+    folder = tmp_path / "run"
+    (folder / "checkpoints/step_00000020").mkdir(parents=True)
+    (folder / "evaluation").mkdir()
+    (folder / "evaluation/parity_forces.png").write_bytes(b"")
+    (folder / "config.yaml").write_text(config.dump_config(config.load_config(["run.name=mine", "data.folder=here"])))
+    (folder / "run.json").write_text(json.dumps({"data_fingerprint": "0123456789abcdef", "processes": 2}))
+    lines = [
+        {"kind": "train", "step": 10, "seconds": 1.0, "loss": 2.0},
+        {"kind": "validation", "step": 10, "seconds": 1.5, "forces_mae": 0.25},
+        {"kind": "train", "step": 20, "seconds": 2.0, "loss": 1.0},
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def test_settings_are_those_of_the_schema():
+    settings = {s.key: s for s in info.list_settings()}
+    assert settings["train.num_steps"] == info.Setting(
+        "train.num_steps", "int", "10000",
+        "optimizer steps of the whole run; the learning rate ends its decay here",
+    )  # fmt: skip
+    assert settings["model.degrees"].type == "[int, ...]"
+    assert settings["model.degrees"].default == "[1, 2, 3, 4]"
+    assert settings["train.checkpoint_attention"].default == "false"
+    assert settings["run.folder"].default == '""'
+    assert settings["metrics.wandb"].type == "off | auto | offline | online"
+    assert settings["model.cutoff"].text.startswith("Å; ")
+
+
+def test_every_default_that_is_shown_can_be_typed_in():
+    for setting in info.list_settings():
+        section, name = setting.key.split(".")
+        if setting.default != '""':
+            loaded = config.load_config([f"{setting.key}={setting.default}"])
+            field = {f.name: f for f in dataclasses.fields(getattr(loaded, section))}[name]
+            assert getattr(getattr(loaded, section), name) == field.default, setting.key
+
+
+def test_config_lists_settings_and_overlays(capsys):
+    assert main(["info", "--config"]) == 0
+    out = capsys.readouterr().out
+    assert "train.learning_rate = 0.001    (float)\n    largest learning rate" in out
+    assert "run=" in out
+    assert "quickstart" in out
+
+
+def test_installation(capsys):
+    assert main(["info"]) == 0
+    out = capsys.readouterr().out
+    for name in ("so3krates-dist", "configs", "python", *info.VENDORS):
+        assert name in out
+
+
+def test_a_vendor_that_is_not_there_is_said(monkeypatch, capsys):
+    monkeypatch.setattr(info, "VENDORS", ("no-such-distribution",))
+    main(["info"])
+    assert "no-such-distribution  not installed" in capsys.readouterr().out
+
+
+def test_a_run_folder_is_described(run_folder, capsys):
+    assert main(["info", str(run_folder)]) == 0
+    out = capsys.readouterr().out
+    for text in (
+        "mine", "here", "step_00000020", "run.json: processes", "train at step 20", "loss 1", "validation at step 10",
+        "forces_mae 0.25", "none yet", "evaluation/parity_forces.png",
+    ):  # fmt: skip
+        assert text in out, text
+
+
+def test_a_run_that_has_only_begun_is_described(run_folder):
+    for name in ("run.json", "metrics.jsonl", "evaluation/parity_forces.png"):
+        (run_folder / name).unlink()
+    rows = dict(info.describe_run(run_folder))
+    assert rows["pictures"] == "none"
+    assert rows["checkpoints"] == "step_00000020"
+
+
+def test_other_folders_and_damage_are_refused(run_folder, tmp_path):
+    with pytest.raises(
+        CheckpointError, match=r"must be a run folder; got no config.yaml in it. Name the folder that training"
+    ):
+        info.describe_run(tmp_path)
+    (run_folder / "run.json").write_text("{")
+    with pytest.raises(
+        CheckpointError, match=r"run.json must be readable JSON; got JSONDecodeError. Restore the file."
+    ):
+        info.describe_run(run_folder)
+    (run_folder / "config.yaml").write_text("train: {lr: 1}\n")
+    with pytest.raises(ConfigError, match=r"train.lr .* must be a known key"):
+        info.describe_run(run_folder)
