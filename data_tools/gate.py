@@ -19,7 +19,7 @@ from so3krates_dist.units import HARTREE_EV
 MIN_DISTANCE: Final = 0.3
 """Å; no two nuclei come this close below some hundred eV"""
 SLOPE_BAND: Final = (0.3, 3.0)
-"""Separates correct units from every pair of wrong ones on five real sets (notes/reliability.md 2.4)"""
+"""Separates correct units from every pair of wrong ones on five real sets"""
 _MIN_PAIRS: Final = 10
 _SAME_SHAPE: Final = 1e-3
 """Å; below it float32 positions are noise"""

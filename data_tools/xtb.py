@@ -14,7 +14,7 @@ from so3krates_dist.units import BOHR_ANGSTROM, HARTREE_EV
 
 METHOD: Final = "GFN2-xTB"
 ACCURACY: Final = 0.1
-"""Of the SCF; 1.0 leaves 2e-4 eV/Å of noise in the forces, 0.1 less than 5e-5 (notes/data.md 1)"""
+"""Of the SCF; 1.0 leaves 2e-4 eV/Å of noise in the forces, 0.1 less than 5e-5"""
 MAX_ITERATIONS: Final = 250
 MAX_ELEMENT: Final = 86
 _GROUND_STATE_UNPAIRED: Final = (

@@ -95,7 +95,7 @@ has_gpu() {
 }
 
 # What every process shall see: compiled extensions in a place of our own (a lock left in the shared cache hangs every later
-# start, notes/reliability.md finding 8), and no search for accelerators where there is none.
+# start), and no search for accelerators where there is none.
 export_settings() {
   export TORCH_EXTENSIONS_DIR="${TORCH_EXTENSIONS_DIR:-${SO3KRATES_VENV:-$SO3KRATES_ROOT/.venv}/torch_extensions}"
   has_gpu || export DS_ACCELERATOR=cpu

@@ -1,7 +1,7 @@
 """The stages of quickstart.sh, once its environment exists: generate, validate, train, evaluate, md, and a table of results.
 
 Every stage is a command that a user could type, run in a process group of its own: a signal to this process ends the whole
-group, since the `deepspeed` command would leave its ranks alive (notes/deepspeed.md section 7). Nothing is ever deleted.
+group, since the `deepspeed` command would leave its ranks alive. Nothing is ever deleted.
 """
 
 import argparse

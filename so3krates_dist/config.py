@@ -142,13 +142,14 @@ class ModelSection:
         degrees = tuple(self.degrees)
         ascending = bool(degrees) and all(a < b for a, b in itertools.pairwise(degrees)) and degrees[0] >= 1
         _check(ascending and degrees[-1] <= 8, "model.degrees", "be ascending integers from 1 to 8", list(degrees))
+        both = math.lcm(self.num_heads, len(degrees))
         for name, divisor in (("num_heads", self.num_heads), ("number of degrees", len(degrees))):
             _check(
                 self.num_features % divisor == 0,
                 "model.num_features",
                 f"be divisible by the {name} ({divisor})",
                 self.num_features,
-                f"Take {self.num_features // divisor * divisor or divisor}",
+                f"Take {self.num_features // both * both or both}",
             )
         _check(self.num_radial_basis >= 2, "model.num_radial_basis", "be at least 2", self.num_radial_basis)
 
@@ -186,7 +187,7 @@ class TrainSection:
     micro_batches: int = 1
     """portions that a process does one after another per step, to save memory; divides data.lanes / processes"""
     checkpoint_attention: bool = False
-    """compute the attention blocks again in the backward pass instead of keeping them: saves about a quarter of the memory"""
+    """compute the attention blocks again in the backward pass; exact, but saves little: the graph of the forces keeps its values"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where to compute; auto: a GPU where there is one"""
     log_every: int = 50
@@ -309,9 +310,11 @@ def _check_keys(content: Any, source: str, prefix: str = "") -> None:
             raise ConfigError(f"{dotted} ({source})", "be a known key", "an unknown one", remedy)
         if isinstance(value, dict):
             _check_keys(value, source, f"{dotted}.")
+        elif "${" in str(value):
+            raise ConfigError(dotted, "be a plain value", value, "Interpolation is not allowed; write the value itself")
 
 
-class _YamlLoader(yaml.SafeLoader):
+class _YamlLoader(yaml.SafeLoader):  # type: ignore[misc] # no type information
     """YAML 1.2's scalars: `off` and `no` are words, `1e-3` is a number (PyYAML follows YAML 1.1)."""
 
     yaml_implicit_resolvers: typing.ClassVar[dict[str, Any]] = {
@@ -341,7 +344,9 @@ def _load_yaml(text: str) -> Any:
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         content = _load_yaml(path.read_text(encoding="utf-8")) or {}
-    except (OSError, yaml.YAMLError) as error:
+    except OSError as error:
+        raise ConfigError(str(path), "be a readable YAML file", error.strerror, "Give the path of one") from error
+    except yaml.YAMLError as error:
         raise ConfigError(str(path), "be a readable YAML file", type(error).__name__, "Repair the file") from error
     if not isinstance(content, dict):
         raise ConfigError(str(path), "hold a mapping of sections", type(content).__name__, "Repair the file")

@@ -7,6 +7,7 @@ import ctypes
 import dataclasses
 import os
 import random
+import re
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 
@@ -51,7 +52,8 @@ def read_rank(environment: Mapping[str, str] = os.environ) -> Rank:
         local_size = environment.get("LOCAL_SIZE") or environment.get("LOCAL_WORLD_SIZE") or "1"
     elif int(environment.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in environment:  # srun
         names = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS")
-        local_size = environment.get("SLURM_NTASKS_PER_NODE", "1")
+        per_node = environment.get("SLURM_NTASKS_PER_NODE") or environment.get("SLURM_TASKS_PER_NODE", "1")
+        local_size = re.split(r"[(,]", per_node)[0]  # like 8(x4),2
     else:
         return Rank()
     try:

@@ -111,9 +111,7 @@ def join(*graphs: Graph) -> Graph:
     )
 
 
-def make_batch(
-    graphs: Sequence[Graph], cutoff: float = CUTOFF, dtype: torch.dtype = torch.float64
-) -> GraphBatch:
+def make_batch(graphs: Sequence[Graph], cutoff: float = CUTOFF, dtype: torch.dtype = torch.float64) -> GraphBatch:
     """Return structures as one batch; pairs are built where they are missing."""
     return collate([g if g.pair_first is not None else build_neighbors(g, cutoff) for g in graphs], dtype)
 

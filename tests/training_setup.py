@@ -154,6 +154,7 @@ def _enter(
         os.environ |= {name: str(value) for name, value in names.items()}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # as in a process of its own; the fork server hands down its own method
     code = function(*arguments)
     sys.stdout.flush()
     sys.exit(code)

@@ -25,11 +25,12 @@ def _all_pairs(num_atoms: int) -> tuple[IntArray, IntArray]:
 
 def _pairs_of_molecule(graph: Graph, cutoff: float) -> tuple[IntArray, IntArray, IntArray | None]:
     first, second = _all_pairs(graph.num_atoms)
-    vectors = graph.positions[second].astype(np.float64) - graph.positions[first]
+    positions = graph.positions.astype(np.float64)
+    vectors = positions.take(second, axis=0) - positions.take(first, axis=0)
     squared = np.einsum("pk,pk->p", vectors, vectors)
     _check_distances(graph, squared)
     within = squared < cutoff * cutoff
-    return first[within], second[within], None
+    return (first, second, None) if within.all() else (first[within], second[within], None)
 
 
 def _pairs_from_cell_list(graph: Graph, cutoff: float) -> tuple[IntArray, IntArray, IntArray | None]:

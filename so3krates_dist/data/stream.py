@@ -6,7 +6,7 @@ about it. Evaluation reads a split from front to back.
 
 import functools
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ from so3krates_dist.config import RunConfig
 from so3krates_dist.data.neighbors import build_neighbors
 from so3krates_dist.data.plan import Place, Plan
 from so3krates_dist.data.shards import Block, BlockEntry, BlockReader, Manifest, ShardEntry, load_manifest
-from so3krates_dist.errors import DataError
+from so3krates_dist.errors import DataError, So3kratesError
 from so3krates_dist.graph import Graph, GraphBatch, collate
 
 
@@ -103,13 +103,33 @@ def estimate_cost(num_atoms: int) -> float:
 
 def build_loader(
     stream: TrainingStream, steps: Sequence[int], *, num_workers: int, device: torch.device
-) -> Iterator[list[GraphBatch]]:
-    """Return an iterator over the steps' micro-batches, prepared ahead where there are worker processes."""
+) -> Generator[list[GraphBatch], None, None]:
+    """Yield the steps' micro-batches, prepared ahead where there are worker processes; close it to end them.
+
+    Raises:
+        DataError: A block is damaged; the same error, whichever process found it.
+    """
     loader = DataLoader(
-        stream, batch_size=None, sampler=steps, num_workers=num_workers, pin_memory=device.type == "cuda",
+        _Carrier(stream), batch_size=None, sampler=steps, num_workers=num_workers, pin_memory=device.type == "cuda",
         worker_init_fn=_start_worker if num_workers else None, prefetch_factor=2 if num_workers else None,
     )  # fmt: skip
-    return iter(loader)
+    for item in loader:
+        if isinstance(item, So3kratesError):
+            raise item
+        yield item
+
+
+class _Carrier(Dataset[list[GraphBatch] | So3kratesError]):
+    """Hands errors over as items: torch would turn those of a worker process into a RuntimeError with a traceback."""
+
+    def __init__(self, stream: TrainingStream) -> None:
+        self._stream = stream
+
+    def __getitem__(self, step: int) -> list[GraphBatch] | So3kratesError:
+        try:
+            return self._stream[step]
+        except So3kratesError as error:
+            return error
 
 
 def _start_worker(_number: int) -> None:

@@ -1,7 +1,6 @@
 """Euclidean attention: filters of pairs, feature attention (between invariant features) and geometric attention (along harmonics).
 
-Shared specification, sections 2 to 4 (steps 1 to 3 of SO3LR, section 3 of the Euclidean transformer). Filters are computed once
-per undirected pair: the distance and the invariants of chi_j - chi_i are the same seen from both atoms, so w_ij = w_ji exactly,
+Euclidean transformer: arXiv 2309.15126; SO3LR's variant: 10.1021/jacs.5c09558. Filters are computed once per undirected pair: the distance and the invariants of chi_j - chi_i are the same seen from both atoms, so w_ij = w_ji exactly,
 and the filters are most of the arithmetic. Attention is not normalised by a softmax, and its sums carry the smooth envelope.
 """
 
@@ -78,8 +77,9 @@ class HeadProjections(nn.Module):
 
     def forward(self, inv_features: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
         """Map (num_atoms, F) to `count` tensors (num_atoms, F), computed in `dtype`."""
-        heads = inv_features.unflatten(1, (self.num_heads, -1)).transpose(0, 1).to(dtype)
-        projected = torch.bmm(heads, self.weight.to(dtype)).unflatten(2, (self.count, -1))
+        num_atoms, width = len(inv_features), self.weight.shape[1]
+        heads = inv_features.view(num_atoms, self.num_heads, width).transpose(0, 1).to(dtype)
+        projected = torch.bmm(heads, self.weight.to(dtype)).view(self.num_heads, num_atoms, self.count, width)
         return list(projected.permute(2, 1, 0, 3).flatten(2).unbind(0))
 
 
@@ -141,7 +141,7 @@ class EuclideanAttention(nn.Module):
         geometric_weights = self._compute_coefficients(geometric_query, geometric_key, filters[1], pairs, 1)
 
         num_atoms, num_features = inv_features.shape
-        values = value.index_select(0, pairs.senders).unflatten(1, (self.heads[0], -1))
+        values = value.index_select(0, pairs.senders).view(*feature_weights.shape, num_features // self.heads[0])
         messages = (feature_weights[..., None] * values).view(-1, num_features)
         inv_messages = inv_features.new_zeros(num_atoms, num_features).index_add(0, pairs.receivers, messages)
         directed = self.maps.repeat(geometric_weights) * pairs.harmonics
@@ -171,5 +171,6 @@ class EuclideanAttention(nn.Module):
         """Return (2 num_pairs, heads): envelope / scale times the sum over a head's features of q_i w_ij k_j."""
         products = query.index_select(0, pairs.receivers) * key.index_select(0, pairs.senders)
         products = products.view(2, *filters.shape) * filters
-        sums = products.unflatten(2, (self.heads[which], -1)).sum(-1, dtype=pairs.envelope.dtype)
+        products = products.view(2, len(filters), self.heads[which], filters.shape[1] // self.heads[which])
+        sums = products.sum(-1, dtype=pairs.envelope.dtype)
         return (sums * (pairs.envelope / self.scales[which])).view(-1, self.heads[which])

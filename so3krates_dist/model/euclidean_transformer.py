@@ -1,6 +1,6 @@
 """The Euclidean transformer (Nat. Commun. 15, 6539, 2024; arXiv 2309.15126) with the options of SO3LR's backbone.
 
-Shared specification, section 3 (pre-normalised or without normalisation) and section 4, steps 1 to 6 (post-normalised).
+The former is pre-normalised or not normalised, the latter (10.1021/jacs.5c09558) post-normalised.
 Graph in, one number per atom out; nothing here knows of forces or of units.
 """
 

@@ -1,6 +1,6 @@
 """What layers are made of besides attention: initial values, linear maps, normalisation, per-atom networks, exchange.
 
-Sources: Euclidean transformer (arXiv 2309.15126), SO3LR (10.1021/jacs.5c09558); shared specification, sections 1, 3 and 4.
+Sources: Euclidean transformer (arXiv 2309.15126), SO3LR (10.1021/jacs.5c09558).
 """
 
 import math

@@ -5,8 +5,9 @@ forces are its sums over the pairs of each atom, and stress is its outer product
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping
-from typing import Any
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -55,9 +56,41 @@ class ModelStatistics:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> "ModelStatistics":
-        """Rebuild from `to_json`."""
-        baselines = {int(z): float(e) for z, e in content["energy_baselines"].items()}
-        return cls(**{**content, "elements": tuple(content["elements"]), "energy_baselines": baselines})
+        """Rebuild from `to_json`.
+
+        Raises:
+            ValueError: A value is missing, unknown, of the wrong kind or out of range; the message names it.
+        """
+        if not isinstance(content, Mapping) or set(content) != set(_READERS):
+            raise ValueError(f"statistics has {list(content)}, not {list(_READERS)}")
+        values = {}
+        for name, read in _READERS.items():
+            try:
+                values[name] = read(content[name])
+            except (TypeError, ValueError, AttributeError) as error:
+                raise ValueError(f"statistics.{name} is {content[name]!r}") from error
+        return cls(**values)
+
+
+def _read_atomic_number(value: Any) -> int:
+    if not 1 <= int(value) <= MAX_ATOMIC_NUMBER:
+        raise ValueError(f"{value} is no atomic number")
+    return int(value)
+
+
+def _read_number(value: Any, above: float = -math.inf) -> float:
+    if not above < float(value) < math.inf:
+        raise ValueError(f"{value} is out of range")
+    return float(value)
+
+
+_READERS: Final[dict[str, Callable[[Any], Any]]] = {
+    "elements": lambda value: tuple(_read_atomic_number(z) for z in value),
+    "energy_baselines": lambda value: {_read_atomic_number(z): _read_number(e) for z, e in value.items()},
+    "energy_scale": lambda value: _read_number(value, 0),
+    "mean_neighbors": lambda value: _read_number(value, 0),
+}
+"""How each field of `ModelStatistics` is read from a file that may be damaged."""
 
 
 def check_elements(atomic_numbers: Iterable[int], elements: Iterable[int], where: str) -> None:
@@ -80,7 +113,7 @@ class Potential(nn.Module):
     """A potential energy surface: batch in, energy, forces and stress out.
 
     This is the module that the training engine wraps: forces are taken inside `forward`, because differentiating the
-    output of a wrapped module is wrong under ZeRO (notes on DeepSpeed, section 1).
+    output of a wrapped module is wrong under ZeRO, at stage 1 without any error.
 
     Args:
         network: Module with `forward(batch, vectors) -> (num_atoms,)` and `cutoff`.
@@ -120,7 +153,7 @@ class Potential(nn.Module):
 
         Args:
             batch: Structures with neighbour pairs within at least the cutoff.
-            compute_stress: Return stress too; all structures must be periodic.
+            compute_stress: Return stress too; nan for structures without a cell.
 
         Returns:
             `energy` (num_graphs,) eV in float64; `forces` (num_atoms, 3) eV/Å; on request `stress` (num_graphs, 3, 3)
@@ -161,9 +194,11 @@ def _sum_forces(batch: GraphBatch, gradient: torch.Tensor) -> torch.Tensor:
 
 def _compute_stress(batch: GraphBatch, vectors: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
     """Return (1/V) dE/dstrain for symmetric strain: half of r g^T + g r^T, summed over pairs."""
-    assert batch.cell is not None, "stress needs periodic structures"
+    if batch.cell is None:
+        return gradient.new_full((batch.num_graphs, 3, 3), math.nan)
     outer = vectors[:, :, None] * gradient[:, None, :]
     virials = outer.new_zeros(batch.num_graphs, 3, 3).index_add(0, batch.graph_index[batch.pair_first], outer)
-    volumes = torch.linalg.det(batch.cell).abs()
-    stress: torch.Tensor = (virials + virials.transpose(1, 2)) / (2 * volumes[:, None, None])
-    return stress
+    volumes = torch.linalg.det(batch.cell).abs()[:, None, None]
+    has_cell = volumes > 0
+    stress = (virials + virials.transpose(1, 2)) / torch.where(has_cell, 2 * volumes, 1.0)
+    return torch.where(has_cell, stress, math.nan)

@@ -1,6 +1,6 @@
 """Functions of the distance: radial bases and cutoff functions, smooth where the science needs it.
 
-Formulas: shared specification, section 1 ("Radial bases", "Cutoffs"); arXiv 2205.14276, arXiv 2309.15126 and the SO3LR
+Formulas: arXiv 2205.14276, arXiv 2309.15126 and the SO3LR
 publication (10.1021/jacs.5c09558).
 """
 
@@ -29,12 +29,15 @@ def compute_cosine_cutoff(distances: torch.Tensor, cutoff: float) -> torch.Tenso
 def compute_polynomial_cutoff(distances: torch.Tensor, cutoff: float) -> torch.Tensor:
     """Return 1 - 10 u^3 + 15 u^4 - 6 u^5 with u = d / cutoff, 0 outside; two derivatives vanish at both ends.
 
+    Evaluated as (1 - u)^3 (1 + 3 u + 6 u^2), the same polynomial without its cancellation near the cutoff.
+
     Args:
         distances: (...) Å.
         cutoff: Å.
     """
     u = (distances / cutoff).clamp(max=1.0)
-    return 1 + u * u * u * (-10 + u * (15 - 6 * u))
+    rest = 1 - u
+    return rest * rest * rest * (1 + u * (3 + 6 * u))
 
 
 CUTOFF_FUNCTIONS: Final[dict[str, Callable[[torch.Tensor, float], torch.Tensor]]] = {

@@ -6,6 +6,7 @@ provenance). Refuses formats newer than it understands and weights that do not f
 
 import json
 import os
+import textwrap
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -94,10 +95,9 @@ def read_model_config(path: Path) -> tuple[ModelSection, ModelStatistics, dict[s
             )
         section = parse_config({"model": content["model"]}, str(file)).model
         return section, ModelStatistics.from_json(content["statistics"]), dict(content["provenance"])
-    except (ValueError, KeyError, TypeError, ConfigError) as error:
-        raise CheckpointError(
-            str(file), "describe a model", f"{type(error).__name__}: {error}", "Export the model again"
-        ) from error
+    except (ValueError, KeyError, TypeError, OverflowError, ConfigError) as error:
+        finding = str(error).rstrip(".") if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
+        raise CheckpointError(str(file), "describe a model", finding, "Export the model again") from error
 
 
 def load_model(
@@ -115,11 +115,13 @@ def load_model(
     """
     folder = Path(path)
     section, statistics, _ = read_model_config(folder)
-    potential = build_model(section, statistics)
+    with torch.random.fork_rng(devices=()):  # initial weights, overwritten below, must not move the caller's seed
+        potential = build_model(section, statistics)
     try:
         potential.load_state_dict(load_file(folder / WEIGHTS_NAME))
     except (OSError, SafetensorError, RuntimeError) as error:
-        finding = str(error).splitlines()[0]
+        lines = str(error).splitlines()  # of load_state_dict: a heading, then a line for each kind of misfit
+        finding = textwrap.shorten(lines[1] if lines[1:] else lines[0], 200, placeholder=" ...").rstrip(".")
         raise CheckpointError(
             str(folder / WEIGHTS_NAME), f"hold the weights of {CONFIG_NAME}", finding, "Export the model again"
         ) from error

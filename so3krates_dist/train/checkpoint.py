@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO, Any, Final
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from so3krates_dist.config import RunConfig, dump_config, read_config, to_plain
@@ -78,6 +79,8 @@ class RunFolder:
         Raises:
             CheckpointError: It holds something else, or a run with another configuration or other data.
         """
+        if self.path.exists() and not self.path.is_dir():
+            raise self._refuse("be a folder", "a file")
         if not self.path.exists() or all(p.name.startswith(".") or p.name == CONFIG_NAME for p in self.path.iterdir()):
             return
         identity = self.path / IDENTITY_NAME
@@ -86,7 +89,7 @@ class RunFolder:
         try:
             before = read_config(self.path / CONFIG_NAME)
             fingerprint = json.loads(identity.read_text(encoding="utf-8"))["data_fingerprint"]
-        except (ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise self._refuse(f"hold a readable {IDENTITY_NAME}", type(error).__name__) from error
         if fingerprint != data_fingerprint:
             raise self._refuse(f"belong to this data set ({data_fingerprint})", f"a run on another one ({fingerprint})")
@@ -109,8 +112,10 @@ class RunFolder:
         except OSError as error:
             raise self._refuse("be a folder that can be written to", str(error.strerror)) from error
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Not flock: worker processes would inherit it, and outlive a killed run by seconds.
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
+            self.close()
             raise CheckpointError(
                 f"run.folder {self.path}", "be used by one run at a time", "another running process",
                 "Wait for it to end, or set run.folder to another folder",
@@ -163,19 +168,27 @@ def save_checkpoint(folder: Path, state: TrainingState, *, keep: int) -> Path:
         The checkpoint's folder.
 
     Raises:
-        OSError: The disk is full or the folder is gone; older checkpoints are untouched.
+        CheckpointError: The disk is full or the folder is gone; older checkpoints are untouched.
     """
     final = folder / f"{_PREFIX}{state.step:08d}"
     temporary = folder / f".{final.name}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    for left_by_a_crash in folder.glob(f".{_PREFIX}*.tmp"):
+        shutil.rmtree(left_by_a_crash, ignore_errors=True)
     try:
+        temporary.mkdir(parents=True)
         save_file(state.tensors, temporary / "state.safetensors")
         files = {p.name: {"size": p.stat().st_size, "sha256": _hash_and_sync(p)} for p in sorted(temporary.iterdir())}
         best = state.best_forces_mae if state.best_forces_mae < float("inf") else None
-        content = {"format": FORMAT, "step": state.step, "best_forces_mae": best, "files": files}
+        content: dict[str, Any] = {"format": FORMAT, "step": state.step, "best_forces_mae": best, "files": files}
+        content["checksum"] = _compute_checksum(content)
         write_text(temporary / MANIFEST_NAME, json.dumps(content, indent=1) + "\n")
         _sync_folder(temporary)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise CheckpointError(
+            str(final), "find room on a disk that can be written to", error,
+            "Free some space and start the same command again; the older checkpoints are intact",
+        ) from error  # fmt: skip
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -184,9 +197,17 @@ def save_checkpoint(folder: Path, state: TrainingState, *, keep: int) -> Path:
     temporary.rename(final)
     _sync_folder(folder)
     write_text(folder / "latest", final.name + "\n")
-    for old in list_checkpoints(folder)[keep:]:
+    # Later steps are damaged: the run has come back to an earlier one. They must not count among those that are kept.
+    later = [p for p in list_checkpoints(folder) if p.name > final.name]
+    for old in later + list_checkpoints(folder)[len(later) + keep :]:
         shutil.rmtree(old)
     return final
+
+
+def _compute_checksum(content: dict[str, Any]) -> str:
+    """Return the sha256 of a manifest's content; no change of a digit in it goes unnoticed."""
+    rest = {k: v for k, v in content.items() if k != "checksum"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def _hash_and_sync(path: Path) -> str:
@@ -204,8 +225,8 @@ def _sync_folder(folder: Path) -> None:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Return the complete checkpoints of a run, newest first."""
-    return sorted((p for p in folder.glob(f"{_PREFIX}*") if (p / MANIFEST_NAME).is_file()), reverse=True)
+    """Return the checkpoints of a run, newest first; each was complete when it got its name."""
+    return sorted((p for p in folder.glob(f"{_PREFIX}*") if p.is_dir()), reverse=True)
 
 
 def find_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
@@ -237,9 +258,11 @@ def _verify(checkpoint: Path) -> str | None:
     """Return what is wrong with a checkpoint, or None."""
     try:
         content = json.loads((checkpoint / MANIFEST_NAME).read_text(encoding="utf-8"))
+        if content["checksum"] != _compute_checksum(content):
+            return f"{MANIFEST_NAME} has been altered"
         file_format, files = int(content["format"]), dict(content["files"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"{MANIFEST_NAME} is damaged ({type(error).__name__})"
+        return f"{MANIFEST_NAME} is missing or damaged ({type(error).__name__})"
     if file_format > FORMAT:
         raise CheckpointError(
             str(checkpoint), f"have format {FORMAT} or lower", file_format, "Install a newer so3krates-dist"

@@ -1,5 +1,6 @@
 """A run from the first check to the last checkpoint. Read `Training.run`: it is the story; everything else is one hop away."""
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -116,24 +117,25 @@ class Training:
             self.stream, range(step, last), num_workers=self.config.data.num_workers, device=self.device
         )
         stopping = False
-        while step < last and not stopping:
-            with window.waiting():
-                micro_batches = next(loader)
-            seed_step(self.config.run.seed, step, self.rank)
-            facts = self.train_step(step, micro_batches, stop.is_pending())
-            stopping = facts.pop("stop") > 0
-            guard.record(step, facts["applied"] > 0)
-            window.add(facts)
-            step += 1
-            if step % section.log_every == 0 or step == last:
-                epoch = step / self.stream.plan.steps_per_epoch
-                self.metrics.log("train", step, window.summarize(epoch=epoch))
-            if step % section.validate_every == 0 or step == section.num_steps:
-                with window.pausing():
-                    self.validate(step)
-            if step % section.save_every == 0 or step == last or stopping:
-                with window.pausing():
-                    self.save(step)
+        with contextlib.closing(loader):  # also after an error: worker processes left to the exit would make it wait for ever
+            while step < last and not stopping:
+                with window.waiting():
+                    micro_batches = next(loader)
+                seed_step(self.config.run.seed, step, self.rank)
+                facts = self.train_step(step, micro_batches, stop.is_pending())
+                stopping = facts.pop("stop") > 0
+                guard.record(step, facts["applied"] > 0)
+                window.add(facts)
+                step += 1
+                if step % section.log_every == 0 or step == last:
+                    epoch = step / self.stream.plan.steps_per_epoch
+                    self.metrics.log("train", step, window.summarize(epoch=epoch))
+                if step % section.validate_every == 0 or step == section.num_steps:
+                    with window.pausing():
+                        self.validate(step)
+                if step % section.save_every == 0 or step == last or stopping:
+                    with window.pausing():
+                        self.save(step)
         stop.close()
         done = step >= section.num_steps
         self.metrics.message(f"{'Done' if done else 'Stopped'} after {step} steps; run folder {self.path}")

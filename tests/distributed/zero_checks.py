@@ -170,7 +170,8 @@ class Checks:
         for step in range(3, 6):
             loaded.train_step(step, stream[step], False)
         after = self.gather(loaded)
-        return {"weights": max(float((after[n] - w).abs().max()) for n, w in expected.items()), "steps": int(after["optimizer_steps"])}
+        deviation = max(float((after[n] - w).abs().max()) for n, w in expected.items())
+        return {"weights": deviation, "steps": int(after["optimizer_steps"])}
 
     def check_skipped_steps(self) -> Findings:
         """A loss or gradient that is not finite on one process: the step is skipped by all, and nothing is changed."""

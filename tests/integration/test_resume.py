@@ -4,6 +4,7 @@ Compared are weights, moments, the optimizer's count, the mean of the weights, t
 """
 
 import random
+import re
 import shutil
 import signal
 from collections.abc import Callable, Sequence
@@ -80,10 +81,11 @@ def test_stopped_as_planned(lab: Lab) -> None:
 
 
 def test_stopped_by_a_signal_to_one_process(lab: Lab) -> None:
-    run, step = lab.root / "signal", random.SystemRandom().randrange(NUM_STEPS - 1)
+    """The signal comes while a step is being done; the processes agree in the next one."""
+    run, step = lab.root / "signal", random.SystemRandom().randrange(NUM_STEPS - 2)
     arguments = (step, lab.world_size - 1, signal.SIGTERM)
     said = lab.run(run, function=train_with_signal, arguments=arguments, codes={EXIT_REQUEUE})
-    assert f"Stopped after {step + 1} steps" in said
+    assert f"Stopped after {step + 2} steps" in said
     lab.run(run, codes={EXIT_DONE})
     lab.compare(run)
 
@@ -91,7 +93,7 @@ def test_stopped_by_a_signal_to_one_process(lab: Lab) -> None:
 def test_stopped_by_the_stop_file(lab: Lab) -> None:
     run = lab.root / "file"
     said = lab.run(run, function=train_with_stop_file, arguments=(4, 0), codes={EXIT_REQUEUE})
-    assert "Stopped after 5 steps" in said
+    assert re.search("Stopped after [56] steps", said), "the other process may see the file in the same step"
     assert not (run / "STOP").exists(), "it has been obeyed"
     lab.run(run, codes={EXIT_DONE})
     lab.compare(run)

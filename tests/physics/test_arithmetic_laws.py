@@ -5,8 +5,6 @@ import copy
 import numpy as np
 import pytest
 import torch
-
-from so3krates_dist.model.potential import ModelStatistics, Potential
 from structures import (
     OPTIONS,
     check_deviations,
@@ -18,6 +16,8 @@ from structures import (
     make_potential,
     measure,
 )
+
+from so3krates_dist.model.potential import ModelStatistics, Potential
 
 options = pytest.mark.parametrize("options", OPTIONS)
 GRAPHS = [make_molecule(), make_crystal(), make_molecule("CO2", None)]
@@ -59,7 +59,7 @@ def test_training_mode_and_evaluation_mode_agree(options: str) -> None:
     potential, graphs = make_potential(options), [make_crystal(), make_crystal("self_images")]
     evaluated = compute(potential, *graphs, stress=True)
     trained = compute(potential.train(), *graphs, stress=True)
-    check_deviations(compare(trained, evaluated), 1e-15)
+    check_deviations(compare(trained, evaluated), 1e-12)
 
 
 @pytest.mark.parametrize("frozen", [False, True])
@@ -104,9 +104,7 @@ def test_bf16_moves_forces_a_little_and_does_move_them(options: str) -> None:
     """Means over four models near their initial weights; single models of the pre-normalised kind reach 3 % in forces."""
     found: dict[str, list[float]] = {"forces": [], "weight gradients": []}
     for seed in range(4):
-        exact, rounded = (
-            make_potential(options, torch.float32, seed, 0.05, precision=p) for p in ("float32", "bf16")
-        )
+        exact, rounded = (make_potential(options, torch.float32, seed, 0.05, precision=p) for p in ("float32", "bf16"))
         outputs, expected = (compute(p, *GRAPHS)["forces"] for p in (rounded, exact))
         gradients, exact_gradients = (
             torch.cat([g.flatten() for g in compute_gradients(p).values()]) for p in (rounded, exact)
@@ -127,7 +125,7 @@ def test_bf16_works_frozen_and_without_gradients() -> None:
         for parameter in potential.parameters():
             parameter.mul_(1.1)
         third = compute(potential, *GRAPHS)
-    check_deviations(compare(second, first), 1e-15)
+    check_deviations(compare(second, first), 1e-6)
     assert measure(third["energy"], first["energy"]) > 1e-3
 
 

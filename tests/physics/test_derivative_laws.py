@@ -6,9 +6,6 @@ import itertools
 import numpy as np
 import pytest
 import torch
-
-from so3krates_dist.graph import Graph
-from so3krates_dist.model.potential import Potential, compute_vectors
 from structures import (
     CUTOFF,
     OPTIONS,
@@ -22,6 +19,9 @@ from structures import (
     measure,
     move,
 )
+
+from so3krates_dist.graph import Graph
+from so3krates_dist.model.potential import Potential, compute_vectors
 
 STENCIL = {-2: 1 / 12, -1: -2 / 3, 1: 2 / 3, 2: -1 / 12}
 """First derivative from five points, error of fourth order in the step"""
@@ -89,9 +89,7 @@ def test_stress_does_not_depend_on_the_handedness_of_the_cell() -> None:
     assert graph.cell is not None
     left = move(graph, graph.positions, graph.cell[[1, 0, 2]])
     assert np.linalg.det(graph.cell) > 0 > np.linalg.det(left.cell)  # type: ignore[arg-type]
-    check_deviations(
-        compare(compute(potential, left, stress=True), compute(potential, graph, stress=True)), 1e-12
-    )
+    check_deviations(compare(compute(potential, left, stress=True), compute(potential, graph, stress=True)), 1e-12)
 
 
 def compute_energy_of_positions(potential: Potential, graph: Graph, positions: torch.Tensor) -> torch.Tensor:

@@ -5,13 +5,6 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-
-from so3krates_dist.config import TrainSection
-from so3krates_dist.data import neighbors
-from so3krates_dist.data.neighbors import build_neighbors
-from so3krates_dist.graph import Graph, collate
-from so3krates_dist.model.potential import compute_vectors
-from so3krates_dist.train.losses import compute_loss, count_labels
 from structures import (
     CUTOFF,
     OPTIONS,
@@ -27,6 +20,13 @@ from structures import (
     measure,
     move,
 )
+
+from so3krates_dist.config import TrainSection
+from so3krates_dist.data import neighbors
+from so3krates_dist.data.neighbors import build_neighbors
+from so3krates_dist.graph import Graph, collate
+from so3krates_dist.model.potential import compute_vectors
+from so3krates_dist.train.losses import compute_loss, count_labels
 
 options = pytest.mark.parametrize("options", OPTIONS)
 SMOOTH_TWICE = [name for name, section in OPTIONS.items() if section.cutoff_function == "polynomial"]
@@ -101,7 +101,7 @@ def test_nothing_jumps_along_a_scan_through_the_cutoff(options: str) -> None:
 @options
 def test_distant_molecules_add_up(options: str) -> None:
     potential, first, second = make_potential(options), make_molecule(), make_molecule("CO2", None)
-    away = move(second, second.positions + [0.0, 0.0, 3 * CUTOFF])
+    away = move(second, second.positions + np.array([0.0, 0.0, 3 * CUTOFF]))
     together, alone, other = (compute(potential, g) for g in (join(first, away), first, second))
     expected = {
         "energy": alone["energy"] + other["energy"], "forces": np.concatenate([alone["forces"], other["forces"]]),

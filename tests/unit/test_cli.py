@@ -95,7 +95,7 @@ def test_what_a_user_can_mend_is_one_line_and_an_exit_code(capsys, words, code, 
 @pytest.mark.parametrize(
     ("error", "code", "line"),
     [
-        (DataError("a.tar:b", "have 3 bytes", "2 bytes", "Copy it again"), EXIT_DATA, "so3krates: a.tar:b must have 3 bytes; got 2"),
+        (DataError("a.tar:b", "have 3 bytes", "2 bytes", "Copy it"), EXIT_DATA, "so3krates: a.tar:b must have 3 bytes; got 2"),
         (KeyboardInterrupt(), cli.EXIT_INTERRUPTED, "so3krates: interrupted"),
     ],
 )  # fmt: skip

@@ -57,7 +57,11 @@ def apply_network(network: PairNetwork, number: int, inputs: torch.Tensor) -> to
 
 
 def attend_by_loop(
-    attention: EuclideanAttention, features: torch.Tensor, variables: torch.Tensor, pairs: PairGeometry, scale: float | None
+    attention: EuclideanAttention,
+    features: torch.Tensor,
+    variables: torch.Tensor,
+    pairs: PairGeometry,
+    scale: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Specification, section 3 with A.4 and A.5: every directed edge, every head, by itself."""
     feature_messages, ev_messages = torch.zeros_like(features), torch.zeros_like(variables)
@@ -73,10 +77,14 @@ def attend_by_loop(
             for head in range(heads):
                 chunk = slice(head * width, (head + 1) * width)
                 query_i, key_j, value_j = (
-                    v[chunk] @ projections.weight[head, :, k * width : (k + 1) * width] if k < projections.count else None
+                    v[chunk] @ projections.weight[head, :, k * width : (k + 1) * width]
+                    if k < projections.count
+                    else None
                     for k, v in enumerate((features[i], features[j], features[j]))
                 )
-                weight = (query_i * filters[chunk] * key_j).sum() * pairs.envelope[pair, 0] / (scale or math.sqrt(width))
+                weight = (
+                    (query_i * filters[chunk] * key_j).sum() * pairs.envelope[pair, 0] / (scale or math.sqrt(width))
+                )
                 if which == 0:
                     feature_messages[i, chunk] += weight * value_j
                 else:

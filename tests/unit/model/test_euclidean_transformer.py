@@ -5,13 +5,13 @@ import typing
 
 import pytest
 import torch
+from structures import OPTIONS, make_batch, make_crystal, make_molecule
 from torch import nn
 
 from so3krates_dist.config import ModelSection
 from so3krates_dist.model.euclidean_transformer import EuclideanLayer, EuclideanTransformer
 from so3krates_dist.model.potential import compute_vectors
 from so3krates_dist.model.registry import NETWORKS
-from structures import OPTIONS, make_batch, make_crystal, make_molecule
 
 NORMS = ("pre_attention_norm", "post_attention_norm", "pre_exchange_norm", "post_exchange_norm")
 
@@ -72,6 +72,31 @@ def test_one_number_per_atom(options: str) -> None:
     energies = network(batch, compute_vectors(batch))
     assert energies.shape == (11,)
     assert energies.dtype == torch.float32
+
+
+def test_edges_go_both_ways_along_every_pair() -> None:
+    network = EuclideanTransformer(OPTIONS["so3lr"], 5.0)
+    batch = make_batch([make_molecule(), make_crystal("self_images")])
+    vectors = compute_vectors(batch)
+    pairs = network._build_pairs(batch, vectors)
+    assert torch.equal(pairs.receivers, torch.cat([batch.pair_first, batch.pair_second]))
+    assert torch.equal(pairs.senders, torch.cat([batch.pair_second, batch.pair_first]))
+    to_senders = torch.nn.functional.normalize(torch.cat([vectors, -vectors]), dim=-1)
+    torch.testing.assert_close(pairs.harmonics, network.harmonics(to_senders), rtol=0, atol=1e-14)
+    distances = vectors.norm(dim=1)
+    torch.testing.assert_close(pairs.radial, network.radial_basis(distances), rtol=1e-12, atol=0)
+    torch.testing.assert_close(pairs.envelope[:, 0], network.compute_envelope(distances, 4.0), rtol=0, atol=1e-14)
+
+
+def test_an_atom_sees_the_elements_of_its_neighbours() -> None:
+    """In one layer already: messages come from the neighbours' features, not from its own."""
+    torch.manual_seed(0)
+    network = EuclideanTransformer(dataclasses.replace(OPTIONS["so3lr"], num_layers=1), 5.0).double()
+    batch = make_batch([make_molecule("CO2")])
+    before = network(batch, compute_vectors(batch))
+    batch.atomic_numbers[2] = 7
+    after = network(batch, compute_vectors(batch))
+    assert (before - after).detach().abs().min() > 1e-5
 
 
 def test_layers_have_weights_of_their_own() -> None:

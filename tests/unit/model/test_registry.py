@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from structures import OPTIONS, STATISTICS, check_deviations, compare, compute, make_molecule, make_potential
 
 from so3krates_dist.config import ModelSection
 from so3krates_dist.errors import CheckpointError
 from so3krates_dist.model import registry
 from so3krates_dist.model.potential import ModelStatistics, Potential
 from so3krates_dist.model.registry import build_model, load_model, read_model_config, save_model
-from structures import OPTIONS, STATISTICS, check_deviations, compare, compute, make_molecule, make_potential
 
 SECTION = OPTIONS["so3lr"]
 
@@ -133,7 +133,6 @@ def test_build_model_draws_from_torchs_seed_and_takes_the_statistics() -> None:
     assert first.network.layers[0].attention.scales == (6.5, 6.5)  # type: ignore[index,union-attr]
 
 
-@pytest.mark.xfail(strict=True, reason="load_model draws initial weights from the global generator; report of day one")
 def test_loading_does_not_touch_torchs_random_state(folder: Path) -> None:
     before = torch.get_rng_state()
     load_model(folder)
@@ -174,25 +173,22 @@ def test_config_in_another_encoding(folder: Path) -> None:
     check_refused(folder, "config.json must describe a model; got UnicodeDecodeError")
 
 
-OPEN = pytest.mark.xfail(strict=True, reason="open defect, see the report of day one")
-
-
 @pytest.mark.parametrize(
     ("path", "value", "word"),
     [
         (("statistics", "energy_scale_"), 1.0, "energy_scale_"),
-        pytest.param(("statistics",), [1], "statistics", marks=OPEN),
+        (("statistics",), [1], "statistics"),
         (("provenance",), None, "TypeError"),
-        pytest.param(("model", "num_feature"), 3, "got model.num_feature (", marks=OPEN),
-        pytest.param(("model", "cutoff"), -1.0, "model.cutoff must be greater than zero; got -1.0", marks=OPEN),
-        pytest.param(("model", "name"), "transformer", "model.name", marks=OPEN),
-        pytest.param(("statistics", "energy_baselines"), [1], "energy_baselines", marks=OPEN),
-        pytest.param(("statistics", "energy_baselines"), {"500": 1.0}, "500", marks=OPEN),
-        pytest.param(("statistics", "energy_scale"), "large", "energy_scale", marks=OPEN),
-        pytest.param(("statistics", "energy_scale"), float("nan"), "energy_scale", marks=OPEN),
-        pytest.param(("statistics", "mean_neighbors"), None, "mean_neighbors", marks=OPEN),
-        pytest.param(("statistics", "elements"), "CH", "elements", marks=OPEN),
-        pytest.param(("format",), float("inf"), "OverflowError", marks=OPEN),
+        (("model", "num_feature"), 3, "got model.num_feature ("),
+        (("model", "cutoff"), -1.0, "model.cutoff must be greater than zero; got -1.0"),
+        (("model", "name"), "transformer", "model.name"),
+        (("statistics", "energy_baselines"), [1], "energy_baselines"),
+        (("statistics", "energy_baselines"), {"500": 1.0}, "500"),
+        (("statistics", "energy_scale"), "large", "energy_scale"),
+        (("statistics", "energy_scale"), float("nan"), "energy_scale"),
+        (("statistics", "mean_neighbors"), None, "mean_neighbors"),
+        (("statistics", "elements"), "CH", "elements"),
+        (("format",), float("inf"), "OverflowError"),
     ],
 )
 def test_wrong_values_in_the_config(folder: Path, path: tuple[str, ...], value: Any, word: str) -> None:
@@ -209,14 +205,19 @@ def test_missing_weights(folder: Path) -> None:
 def test_damaged_weights(folder: Path, damage: Callable[[bytes], bytes]) -> None:
     file = folder / "model.safetensors"
     file.write_bytes(damage(file.read_bytes()))
-    check_refused(folder, "model.safetensors must hold the weights of config.json; got Error while deserializing header")
+    check_refused(
+        folder, "model.safetensors must hold the weights of config.json; got Error while deserializing header"
+    )
 
 
 @pytest.mark.parametrize(
     ("changes", "word"),
-    [({"num_features": 48}, "network."), ({"num_layers": 1}, "network.layers.1"), ({"num_layers": 3}, "network.layers.2")],
+    [
+        ({"num_features": 48}, "network."),
+        ({"num_layers": 1}, "network.layers.1"),
+        ({"num_layers": 3}, "network.layers.2"),
+    ],
 )
-@OPEN
 def test_weights_of_another_model_are_refused_by_name(folder: Path, changes: dict[str, int], word: str) -> None:
     for key, value in changes.items():
         edit(folder / "config.json", "model", key, value=value)

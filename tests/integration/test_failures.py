@@ -1,0 +1,277 @@
+"""What goes wrong for users: one line that says what and what to do, the right exit code, before any process waits for another.
+
+Errors before the start are provoked in a process that has been told it is the first of two, with no second one: were it to
+start the process group, it would wait ten minutes. A rank that fails later takes the others down.
+"""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from interruptions import flip_byte, train_on_damaged_shard, train_on_nan, train_with_signal
+from training_setup import (
+    find_differences,
+    find_free_port,
+    make_dataset,
+    make_settings,
+    read_state,
+    run_processes,
+    started,
+    train,
+)
+
+from so3krates_dist.errors import EXIT_CONFIG, EXIT_DATA, EXIT_DONE, EXIT_FAILURE, EXIT_NON_FINITE, EXIT_REQUEUE
+from so3krates_dist.train.checkpoint import find_checkpoint, load_checkpoint
+
+TESTS = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_dataset(tmp_path_factory.mktemp("failures") / "data", num_train=24)
+
+
+@pytest.fixture(scope="module")
+def trained(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a run of three steps."""
+    run = tmp_path_factory.mktemp("trained") / "run"
+    outcome = run_processes(run.parent / "log", 1, train, make_settings(dataset, run, "train.stop_at=3"))
+    assert outcome.codes == (EXIT_DONE,), str(outcome)
+    return run
+
+
+def copy(source: Path, target: Path) -> Path:
+    shutil.copytree(source, target)
+    return target
+
+
+# name, what is done to copies of data set and run (returns further settings), exit code, what the line says
+Case = tuple[str, Callable[[Path, Path], list[str]], int, str]
+
+
+def _damage_manifest(data: Path, _: Path) -> list[str]:
+    content = json.loads((data / "manifest.json").read_text())
+    content["schema"] = 99
+    (data / "manifest.json").write_text(json.dumps(content))
+    return []
+
+
+def _drop_label(data: Path, _: Path) -> list[str]:
+    content = json.loads((data / "manifest.json").read_text())
+    content["labels"] = ["energy"]
+    (data / "manifest.json").write_text(json.dumps(content))
+    return []
+
+
+def _truncate(data: Path, _: Path) -> list[str]:
+    os.truncate(data / "train-000001.tar", 1000)
+    return []
+
+
+def _take_other_data(data: Path, _: Path) -> list[str]:
+    return [f"data.folder={make_dataset(data.with_name('other'), num_train=24, first_seed=500)}"]
+
+
+def _write_foreign_file(_: Path, run: Path) -> list[str]:
+    shutil.rmtree(run)
+    run.mkdir()
+    (run / "thesis.tex").write_text("years of work")
+    return []
+
+
+def _make_file(_: Path, run: Path) -> list[str]:
+    shutil.rmtree(run)
+    run.write_text("a file")
+    return []
+
+
+CASES: list[Case] = [
+    ("no data folder", lambda d, r: ["data.folder="], EXIT_CONFIG, r"data\.folder must name a data set; got nothing\."),
+    ("wrong data folder", lambda d, r: [f"data.folder={r}"], EXIT_DATA, r"run must hold a manifest\.json; got no such file\."),
+    ("missing shard", lambda d, r: [(d / "train-000001.tar").unlink() or "run.name=x"], EXIT_DATA,
+     r"train-000001\.tar must be there, the manifest lists it; got no such file\."),
+    ("truncated shard", _truncate, EXIT_DATA, r"train-000001\.tar must have \d+ bytes; got 1000 bytes\."),
+    ("altered shard", lambda d, r: [flip_byte(d / "train-000001.tar", 3000) or "run.name=x"], EXIT_DATA,
+     r"train-000001\.tar must have the sha256 \w+\.\.\.; got \w+\.\.\.\. Copy the file again"),
+    ("schema from the future", _damage_manifest, EXIT_DATA, r"must have schema \d or lower; got 99\. Install a newer"),
+    ("no such labels", lambda d, r: ["train.stress_weight=1.0"], EXIT_CONFIG,
+     r"train\.stress_weight must be 0 without stress labels; got a data set with energy, forces only\."),
+    ("no forces", _drop_label, EXIT_CONFIG, r"train\.forces_weight must be 0 without forces labels"),
+    ("lanes and processes", lambda d, r: ["data.lanes=3"], EXIT_CONFIG,
+     r"data\.lanes must be a multiple of the number of processes \(2\); got 3\. Set data\.lanes=4"),
+    ("micro-batches and processes", lambda d, r: ["train.micro_batches=4"], EXIT_CONFIG,
+     r"train\.micro_batches must divide data\.lanes / processes \(2\); got 4"),
+    ("a run on other data", _take_other_data, EXIT_FAILURE,
+     r"run\.folder .*must belong to this data set \(\w+\); got a run on another one \(\w+\)\."),
+    ("another learning rate", lambda d, r: ["train.learning_rate=1e-4"], EXIT_FAILURE,
+     r"run\.folder .*must belong to this run, where train\.learning_rate is 0\.0001; got another run, with 0\.002\."),
+    ("another model", lambda d, r: ["model.degrees=[1,2,3,4]"], EXIT_FAILURE,
+     r"this run, where model\.degrees is \[1, 2, 3, 4\]; got another run, with \[1, 2\]\."),
+    ("another seed", lambda d, r: ["run.seed=5"], EXIT_FAILURE, r"where run\.seed is 5; got another run, with 0\."),
+    ("a folder of other things", _write_foreign_file, EXIT_FAILURE, r"must be empty or hold a run; got other files\."),
+    ("a file for a folder", _make_file, EXIT_FAILURE, r"run\.folder .*must be a folder; got a file\."),
+    ("a lost identity", lambda d, r: [(r / "run.json").write_text("[]") and "run.name=x"], EXIT_FAILURE,
+     r"must hold a readable run\.json; got TypeError\."),
+    ("no configuration", lambda d, r: [(r / "config.yaml").unlink() or "run.name=x"], EXIT_CONFIG,
+     r"config\.yaml must be a readable YAML file; got FileNotFoundError\."),
+    ("an unknown setting", lambda d, r: ["train.lr=1e-3"], EXIT_CONFIG, r"Did you mean `train\.learning_rate`\?"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("prepare", "code", "line"), [c[1:] for c in CASES], ids=[c[0] for c in CASES])
+def test_bad_input_is_one_line_before_any_process_waits(
+    dataset: Path, trained: Path, tmp_path: Path, prepare: Callable[[Path, Path], list[str]], code: int, line: str
+) -> None:
+    data, run = copy(dataset, tmp_path / "data"), copy(trained, tmp_path / "run")
+    more = prepare(data, run)
+    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file() and p.name != ".lock"}
+    outcome = run_processes(tmp_path / "log", 2, train, make_settings(data, run, *more), ranks=[0])
+    assert outcome.codes == (code,), str(outcome)
+    (said,) = outcome.outputs
+    assert said.startswith("so3krates: ")
+    assert said.count("\n") == 1, said
+    assert re.search(line, said), said
+    assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file() and p.name != ".lock"} == before
+
+
+def test_a_run_folder_in_use_is_refused(dataset: Path, tmp_path: Path) -> None:
+    settings = make_settings(dataset, tmp_path / "run")
+    with started(tmp_path / "first", 1, train_with_signal, settings, 5, 0, signal.SIGSTOP) as (first,):
+        while not (tmp_path / "run" / "run.json").is_file():
+            assert first.is_alive()
+            time.sleep(0.01)
+        outcome = run_processes(tmp_path / "second", 2, train, settings, ranks=[0])
+    assert outcome.codes == (EXIT_FAILURE,), str(outcome)
+    assert re.fullmatch(
+        r"so3krates: run\.folder .*run must be used by one run at a time; got another running process\. Wait for .*\n",
+        outcome.outputs[0],
+    )
+
+
+class TestCheckpoints:
+    def test_a_damaged_one_is_said_and_passed_over(self, dataset: Path, trained: Path, tmp_path: Path) -> None:
+        run = copy(trained, tmp_path / "run")
+        settings = make_settings(dataset, run, "train.stop_at=5")
+        assert run_processes(tmp_path / "log", 1, train, settings).codes == (EXIT_DONE,)
+        expected = read_state(run, 5)
+        flip_byte(run / "checkpoints" / "step_00000005" / "state.safetensors", 5000)
+        outcome = run_processes(tmp_path / "log", 1, train, settings)
+        assert outcome.codes == (EXIT_DONE,), str(outcome)
+        assert "step_00000005: state.safetensors has been altered; taking an older checkpoint" in outcome.outputs[0]
+        assert "Resumed at step 3 of 40" in outcome.outputs[0]
+        assert find_differences(read_state(run, 5), expected) == {}
+
+    def test_none_that_is_whole_is_an_error(self, dataset: Path, trained: Path, tmp_path: Path) -> None:
+        run = copy(trained, tmp_path / "run")
+        flip_byte(run / "checkpoints" / "step_00000003" / "state.safetensors", 5000)
+        before = {p: p.read_bytes() for p in (run / "checkpoints").rglob("*") if p.is_file()}
+        outcome = run_processes(tmp_path / "log", 1, train, make_settings(dataset, run))
+        assert outcome.codes == (EXIT_FAILURE,), str(outcome)
+        assert "must hold a checkpoint that is whole; got" in outcome.outputs[0]
+        assert {p: p.read_bytes() for p in (run / "checkpoints").rglob("*") if p.is_file()} == before
+
+    def test_one_from_the_future_is_an_error(self, dataset: Path, trained: Path, tmp_path: Path) -> None:
+        from so3krates_dist.train.checkpoint import _compute_checksum
+
+        run = copy(trained, tmp_path / "run")
+        path = run / "checkpoints" / "step_00000003" / "manifest.json"
+        content = json.loads(path.read_text()) | {"format": 99}
+        path.write_text(json.dumps(content | {"checksum": _compute_checksum(content)}))
+        outcome = run_processes(tmp_path / "log", 1, train, make_settings(dataset, run))
+        assert outcome.codes == (EXIT_FAILURE,), str(outcome)
+        assert "step_00000003 must have format 1 or lower; got 99. Install a newer so3krates-dist." in outcome.outputs[0]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_nan_in_every_step_ends_the_run(dataset: Path, tmp_path: Path, world_size: int) -> None:
+    """On one process alone; all end alike, and the last checkpoint is what it was before the trouble."""
+    run = tmp_path / "run"
+    settings = make_settings(dataset, run, "train.max_skipped_steps=2", "train.save_every=2")
+    outcome = run_processes(tmp_path / "log", world_size, train_on_nan, settings, 5, world_size - 1)
+    assert outcome.codes == (EXIT_NON_FINITE,) * world_size, str(outcome)
+    line = "step 7 must have a finite loss and gradient in one of 3 steps; got none. Lower train.learning_rate"
+    assert all(line in said for said in outcome.outputs)
+    (tmp_path / "whole").mkdir()
+    settings = make_settings(dataset, tmp_path / "whole" / "run", "train.stop_at=5", "train.save_every=1")
+    assert run_processes(tmp_path / "log2", world_size, train, settings).codes == (EXIT_DONE,) * world_size
+    found, _ = find_checkpoint(run / "checkpoints")
+    assert found is not None
+    state = load_checkpoint(found)
+    assert state.step == 6, "the step that was skipped counts, its batch is not seen again"
+    assert find_differences(state.tensors, read_state(tmp_path / "whole" / "run", 5)) == {}
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_shard_that_is_damaged_during_the_run(dataset: Path, tmp_path: Path, num_workers: int) -> None:
+    """The rank that meets it says so in one line, with or without worker processes; the other one does not hang."""
+    data, run = copy(dataset, tmp_path / "data"), tmp_path / "run"
+    settings = make_settings(data, run, "train.save_every=2", f"data.num_workers={num_workers}", "data.batch_size=2")
+    outcome = run_processes(tmp_path / "log", 2, train_on_damaged_shard, settings, 3, 1)
+    assert outcome.codes[1] == EXIT_DATA, str(outcome)
+    assert outcome.codes[0] not in (None, EXIT_DONE, EXIT_REQUEUE), str(outcome)
+    assert re.fullmatch(
+        r"so3krates: .*train-00000\d\.tar:train-\S+ must have the CRC \w+; got \w+\. Copy the file again.*\n",
+        outcome.outputs[1],
+    ), str(outcome)
+    found, complaints = find_checkpoint(run / "checkpoints")
+    assert found is not None
+    assert complaints == []
+
+
+# ----------------------------------------------------------------------------------------------- the deepspeed launcher
+
+
+def launch(script: Path, arguments: list[str], log: Path, num_processes: int = 2) -> tuple[int, str]:
+    """Start a script as a user does, through the `deepspeed` command; what is left of it at the end is killed."""
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    environment |= {"PYTHONPATH": os.pathsep.join([str(TESTS), environment.get("PYTHONPATH", "")])}
+    command = [
+        sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(num_processes), "--master_port",
+        str(find_free_port()), str(script), *arguments,
+    ]  # fmt: skip
+    with log.open("w") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment, cwd=log.parent, start_new_session=True)
+        try:
+            code = process.wait(240)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)  # a group of its own: the launcher and its ranks
+                process.wait()
+    return code, log.read_text(errors="replace")
+
+
+def test_under_the_launcher_a_run_goes_on_bit_for_bit(dataset: Path, tmp_path: Path, clone: Path) -> None:
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    more = ("train.num_steps=20", "train.zero_stage=2")
+    outcome = run_processes(tmp_path / "log1", 2, train, make_settings(dataset, whole, *more))
+    assert outcome.codes == (EXIT_DONE, EXIT_DONE), str(outcome)
+    outcome = run_processes(tmp_path / "log2", 2, train, make_settings(dataset, run, *more, "train.stop_at=7"))
+    assert outcome.codes == (EXIT_DONE, EXIT_DONE), str(outcome)
+    code, said = launch(clone / "launch" / "train.py", make_settings(dataset, run, *more), tmp_path / "launcher.txt")
+    assert code == EXIT_DONE, said
+    assert "Resumed at step 7 of 20" in said
+    assert find_differences(read_state(whole, 20), read_state(run, 20)) == {}
+
+
+def test_under_the_launcher_a_rank_that_fails_takes_the_others_down(dataset: Path, tmp_path: Path) -> None:
+    data, run = copy(dataset, tmp_path / "data"), tmp_path / "run"
+    script = tmp_path / "damaging_train.py"
+    script.write_text(
+        "import sys\nfrom interruptions import train_on_damaged_shard\n"
+        "sys.exit(train_on_damaged_shard([w for w in sys.argv[1:] if not w.startswith('--local_rank')], 3, 1))\n"
+    )
+    settings = make_settings(data, run, "train.save_every=2", "data.batch_size=2", "train.num_steps=1000000")
+    code, said = launch(script, settings, tmp_path / "launcher.txt")
+    assert code != EXIT_DONE, said
+    assert re.search(r"so3krates: .*train-00000\d\.tar:train-\S+ must have the CRC", said), said
+    found, complaints = find_checkpoint(run / "checkpoints")
+    assert found is not None
+    assert complaints == []
