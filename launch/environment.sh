@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # Makes or reuses the virtual environment that quickstart.sh, test.sh and .ci/run work in. To be sourced; defines functions only.
-# It never deletes anything, and installs only when pyproject.toml, constraints.txt or the place of the clone has changed.
+# It never deletes anything, and installs only when pyproject.toml, launch/constraints.txt or the place of the clone has changed.
 
 SO3KRATES_ROOT="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)"
 
@@ -33,14 +33,14 @@ find_python() {
 
 # Print what the installation depends on, as one hash.
 hash_of_installation() {
-  { printf '%s\n' "$SO3KRATES_ROOT" && cat "$SO3KRATES_ROOT/pyproject.toml" "$SO3KRATES_ROOT/constraints.txt"; } |
+  { printf '%s\n' "$SO3KRATES_ROOT" && cat "$SO3KRATES_ROOT/pyproject.toml" "$SO3KRATES_ROOT/launch/constraints.txt"; } |
     sha256sum | cut -d' ' -f1
 }
 
 # Errors are shown, warnings (of indexes that lack a package, say) are not.
 pip_install() {
   "$SO3KRATES_PYTHON" -m pip install --quiet --quiet --disable-pip-version-check --no-input \
-    --constraint "$SO3KRATES_ROOT/constraints.txt" "$@"
+    --constraint "$SO3KRATES_ROOT/launch/constraints.txt" "$@"
 }
 
 install_project() {

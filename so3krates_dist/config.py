@@ -160,7 +160,7 @@ class TrainSection:
 
     num_steps: int = 10_000
     """optimizer steps of the whole run; the learning rate ends its decay here"""
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     """largest learning rate, reached after the warm-up"""
     final_learning_rate: float = 1e-6
     """learning rate at the end of the cosine decay"""
@@ -170,9 +170,9 @@ class TrainSection:
     """decoupled weight decay (AdamW) of weight matrices; biases, norms and embeddings have none"""
     adam_beta1: float = 0.9
     """decay of AdamW's mean of gradients"""
-    adam_beta2: float = 0.999
+    adam_beta2: float = 0.99
     """decay of AdamW's mean of squared gradients"""
-    gradient_clipping: float = 10.0
+    gradient_clipping: float = 0.5
     """largest norm of the gradient of all weights; 0: not clipped"""
     ema_decay: float = 0.999
     """decay of the exponential mean of the weights, which is what is evaluated and exported; 0: the weights themselves"""

@@ -91,7 +91,9 @@ class Outcome:
     """standard output and error of each"""
 
     def __str__(self) -> str:
-        parts = (f"--- rank {i}, exit code {c}\n{o}" for i, (c, o) in enumerate(zip(self.codes, self.outputs, strict=True)))
+        parts = (
+            f"--- rank {i}, exit code {c}\n{o}" for i, (c, o) in enumerate(zip(self.codes, self.outputs, strict=True))
+        )
         return "\n".join(parts)
 
 
@@ -154,7 +156,9 @@ def _enter(
         os.environ |= {name: str(value) for name, value in names.items()}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
-    multiprocessing.set_start_method("fork", force=True)  # as in a process of its own; the fork server hands down its own method
+    multiprocessing.set_start_method(
+        "fork", force=True
+    )  # as in a process of its own; the fork server hands down its own method
     code = function(*arguments)
     sys.stdout.flush()
     sys.exit(code)

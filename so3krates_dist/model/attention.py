@@ -1,7 +1,8 @@
 """Euclidean attention: filters of pairs, feature attention (between invariant features) and geometric attention (along harmonics).
 
-Euclidean transformer: arXiv 2309.15126; SO3LR's variant: 10.1021/jacs.5c09558. Filters are computed once per undirected pair: the distance and the invariants of chi_j - chi_i are the same seen from both atoms, so w_ij = w_ji exactly,
-and the filters are most of the arithmetic. Attention is not normalised by a softmax, and its sums carry the smooth envelope.
+Euclidean transformer: arXiv 2309.15126; SO3LR's variant: 10.1021/jacs.5c09558. Filters are computed once per undirected pair:
+the distance and the invariants of chi_j - chi_i are the same seen from both atoms, so w_ij = w_ji exactly, and the filters are
+most of the arithmetic. Attention is not normalised by a softmax, and its sums carry the smooth envelope.
 """
 
 import dataclasses

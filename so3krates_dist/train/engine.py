@@ -165,16 +165,9 @@ class TrainingEngine:
         for moments in self._optimizer_state().values():
             moments["step"].fill_(float(state["optimizer_steps"]))
         for name, weight in self._named_weights():
-            stored = state.get(f"weight.{name}")
-            if stored is None or stored.shape != weight.shape:
-                found = "none" if stored is None else str(tuple(stored.shape))
-                raise CheckpointError(
-                    f"weight `{name}`", f"have the shape {tuple(weight.shape)}", found,
-                    "Resume with the configuration that the run was started with",
-                )  # fmt: skip
-            self._set_weight(weight, stored.to(weight.device))
+            self._set_weight(weight, _take(state, f"weight.{name}", weight))
             for moment in MOMENTS:
-                self._set_moment(weight, moment, state[f"{moment}.{name}"].to(weight.device))
+                self._set_moment(weight, moment, _take(state, f"{moment}.{name}", weight))
 
     def _optimizer_state(self) -> dict[torch.Tensor, dict[str, torch.Tensor]]:
         """AdamW's own state: per weight at stage 0, per flat partition of a group under ZeRO."""
@@ -219,3 +212,15 @@ class TrainingEngine:
             self._optimizer_state()[weight][moment].copy_(value)
         else:
             self._deepspeed.utils.safe_set_full_optimizer_state(weight, value, moment)
+
+
+def _take(state: dict[str, torch.Tensor], key: str, weight: torch.nn.Parameter) -> torch.Tensor:
+    """Return an entry of a stored state, on the device of the weight that it belongs to."""
+    stored = state.get(key)
+    if stored is None or stored.shape != weight.shape:
+        found = "none" if stored is None else str(tuple(stored.shape))
+        raise CheckpointError(
+            f"`{key}`", f"have the shape {tuple(weight.shape)}", found,
+            "Resume with the configuration that the run was started with",
+        )  # fmt: skip
+    return stored.to(weight.device)

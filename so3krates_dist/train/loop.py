@@ -117,7 +117,8 @@ class Training:
             self.stream, range(step, last), num_workers=self.config.data.num_workers, device=self.device
         )
         stopping = False
-        with contextlib.closing(loader):  # also after an error: worker processes left to the exit would make it wait for ever
+        # Closed after an error too: worker processes that are left to the interpreter's exit would make it wait for ever.
+        with contextlib.closing(loader):
             while step < last and not stopping:
                 with window.waiting():
                     micro_batches = next(loader)

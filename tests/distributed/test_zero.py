@@ -48,7 +48,9 @@ class TestTrajectories:
     def test_weights_are_those_of_plain_adamw(self, findings: Any, world_size: int) -> None:
         cases = findings[world_size][0]["trajectories"]
         assert len(cases) == 30
-        assert all(c["motion"] > 5e-3 for c in cases.values()), "the weights must move for the comparison to mean something"
+        assert all(c["motion"] > 5e-3 for c in cases.values()), (
+            "the weights must move for the comparison to mean something"
+        )
         report({name: c["weights"] for name, c in cases.items()}, TOLERANCE)
 
     def test_loss_and_gradient_norm_are_those_of_the_global_batch(self, findings: Any, world_size: int) -> None:

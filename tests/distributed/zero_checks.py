@@ -41,7 +41,10 @@ class PlainTraining:
         named = dict(self.potential.named_parameters())
         decayed = {n for n, p in named.items() if n.endswith("weight") and p.dim() > 1 and "embedding" not in n}
         matrices, others = ([p for n, p in named.items() if (n in decayed) == choice] for choice in (True, False))
-        groups = [{"params": matrices, "weight_decay": self.section.weight_decay}, {"params": others, "weight_decay": 0.0}]
+        groups = [
+            {"params": matrices, "weight_decay": self.section.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ]
         self.optimizer = torch.optim.AdamW(groups, fused=False, foreach=False)
 
     def step(self, step: int) -> tuple[float, float]:
@@ -110,7 +113,9 @@ class Checks:
             for stage, micro, recompute in itertools.product(STAGES, (1, 2), (False, True)):
                 if recompute and (batch_size < 6 or not clipping):
                     continue
-                name = f"stage {stage}, {micro} micro-batches, recompute {recompute}, clip {clipping}, batch {batch_size}"
+                name = (
+                    f"stage {stage}, {micro} micro-batches, recompute {recompute}, clip {clipping}, batch {batch_size}"
+                )
                 more = (f"train.micro_batches={micro}", f"train.checkpoint_attention={recompute}")
                 training = self.build(*data, f"train.zero_stage={stage}", *more)
                 findings[name] = self.compare_trajectory(training, expected, facts)

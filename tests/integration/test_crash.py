@@ -18,7 +18,13 @@ from interruptions import flip_byte
 from training_setup import make_config, make_dataset, run_processes, started
 
 from so3krates_dist.errors import CheckpointError
-from so3krates_dist.train.checkpoint import RunFolder, find_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
+from so3krates_dist.train.checkpoint import (
+    RunFolder,
+    find_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+)
 
 
 def kill_at_every_moment(log: Path, attempt: Callable[[int], tuple[Callable[..., int], tuple[Any, ...]]]) -> int:
@@ -183,7 +189,9 @@ class TestDamage:
         """Never a silent start from the beginning over what is left of a run."""
         for step in (10, 20):
             (folder / f"step_{step:08d}" / name).unlink()
-        with pytest.raises(CheckpointError, match=r"must hold a checkpoint that is whole; got .*00020: .*00010: .*Start anew"):
+        with pytest.raises(
+            CheckpointError, match=r"must hold a checkpoint that is whole; got .*00020: .*00010: .*Start anew"
+        ):
             find_checkpoint(folder)
 
     def test_damaged_ones_do_not_push_out_whole_ones(self, tmp_path: Path) -> None:

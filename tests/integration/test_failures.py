@@ -187,7 +187,9 @@ class TestCheckpoints:
         path.write_text(json.dumps(content | {"checksum": _compute_checksum(content)}))
         outcome = run_processes(tmp_path / "log", 1, train, make_settings(dataset, run))
         assert outcome.codes == (EXIT_FAILURE,), str(outcome)
-        assert "step_00000003 must have format 1 or lower; got 99. Install a newer so3krates-dist." in outcome.outputs[0]
+        assert (
+            "step_00000003 must have format 1 or lower; got 99. Install a newer so3krates-dist." in outcome.outputs[0]
+        )
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -238,7 +240,9 @@ def launch(script: Path, arguments: list[str], log: Path, num_processes: int = 2
         str(find_free_port()), str(script), *arguments,
     ]  # fmt: skip
     with log.open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment, cwd=log.parent, start_new_session=True)
+        process = subprocess.Popen(
+            command, stdout=output, stderr=output, env=environment, cwd=log.parent, start_new_session=True
+        )
         try:
             code = process.wait(240)
         finally:

@@ -135,7 +135,7 @@ def fake_clone(clone, tmp_path):
     """A copy of what the scripts need of a clone, in a folder with a space, and an interpreter that only pretends."""
     root = tmp_path / "my clone"
     shutil.copytree(clone / "launch", root / "launch")
-    for name in ("pyproject.toml", "constraints.txt"):
+    for name in ("pyproject.toml", "launch/constraints.txt"):
         shutil.copy(clone / name, root / name)
     (root / "tests").mkdir()
     (root / "tests/test_one.py").write_text("def test_one():\n    pass\n")
@@ -203,7 +203,7 @@ def test_the_environment_is_made_once_and_made_anew_when_the_dependencies_change
     ]
     _, log = run_script(fake_clone, "test.sh", "-q")
     assert log == []
-    (fake_clone / "constraints.txt").write_text("torch==2.13.0\n")
+    (fake_clone / "launch" / "constraints.txt").write_text("torch==2.13.0\n")
     _, log = run_script(fake_clone, "test.sh", "-q")
     assert [line.split()[0] for line in log] == ["pip", "pip"]
 

@@ -82,7 +82,7 @@ def test_the_source_archive_can_build_the_wheel_and_run_the_tests(built):
     with tarfile.open(path) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     for name in (
-        "pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "constraints.txt", "configs/base.yaml", "launch/train.py",
+        "pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "launch/constraints.txt", "configs/base.yaml", "launch/train.py",
         "launch/quickstart.sh", "launch/environment.sh", "tests/conftest.py", "data_tools/generate.py",
     ):  # fmt: skip
         assert name in names, name
@@ -135,7 +135,7 @@ def test_an_installed_wheel_makes_a_data_set(installed, tmp_path):
 
 
 def _read_pins(clone: Path) -> dict[str, str]:
-    lines = [line.strip() for line in (clone / "constraints.txt").read_text().splitlines()]
+    lines = [line.strip() for line in (clone / "launch" / "constraints.txt").read_text().splitlines()]
     pins = [line for line in lines if line and not line.startswith("#")]
     assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.]+", pin) for pin in pins), (
         "exact, without builds or addresses"
@@ -152,7 +152,7 @@ def test_every_dependency_is_pinned_within_its_range(clone):
     ]
     for requirement in map(Requirement, requirements):
         name = canonicalize_name(requirement.name)
-        assert name in pins, f"{name} is not in constraints.txt"
+        assert name in pins, f"{name} is not in launch/constraints.txt"
         assert requirement.specifier.contains(pins[name]), f"{requirement} does not allow {pins[name]}"
     assert pins["torch"] == "2.13.0"
 

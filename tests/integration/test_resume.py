@@ -33,7 +33,12 @@ class Lab:
         return make_settings(self.dataset, run, *more)
 
     def run(
-        self, run: Path, *more: str, function: Callable[..., int] = train, arguments: Sequence[object] = (), codes: set[int]
+        self,
+        run: Path,
+        *more: str,
+        function: Callable[..., int] = train,
+        arguments: Sequence[object] = (),
+        codes: set[int],
     ) -> str:
         """Start the run, or go on with it; return what rank 0 said."""
         log = run.with_name(f"{run.name}-log")
@@ -109,9 +114,11 @@ def test_killed(lab: Lab) -> None:
 
 
 def test_killed_before_the_first_checkpoint(lab: Lab) -> None:
+    """With worker processes, which outlive their training process by some seconds, and must not outlive the others."""
     run = lab.root / "killed-early"
     codes = {-signal.SIGKILL} if lab.world_size == 1 else {-signal.SIGKILL, 1}
-    lab.run(run, function=train_and_die, arguments=(3, lab.world_size - 1), codes=codes)
+    arguments = (3, lab.world_size - 1)
+    lab.run(run, "data.num_workers=1", function=train_and_die, arguments=arguments, codes=codes)
     lab.run(run, codes={EXIT_DONE})
     lab.compare(run)
 

@@ -50,7 +50,7 @@ WRONG = [
     ("xyzzy.plugh=1", "must be a known key; got an unknown one. `so3krates info --config` lists all keys."),
     ("run=quikstart", "got quikstart. Did you mean `run=quickstart`?"),
     ("model=zzz", "got zzz. Take one of these, or the path of a yaml file."),
-    ("run=/nowhere/at_all.yaml", "/nowhere/at_all.yaml must be a readable YAML file; got FileNotFoundError."),
+    ("run=/nowhere/at_all.yaml", "/nowhere/at_all.yaml must be a readable YAML file; got No such file or directory."),
     ("quickstart", "quickstart must have the form key=value; got no `=`. Write for example train.num_steps=100."),
     ("data.folder=${oc.env:HOME}", "data.folder must be a plain value; got ${oc.env:HOME}. Interpolation is not allowed"),
     # wrong types

@@ -1,0 +1,164 @@
+"""The loss: an exact mean over all labels of the global batch, however they are divided; missing labels count nothing."""
+
+import math
+
+import pytest
+import torch
+from analytic import make_morse
+from training_setup import make_graphs
+
+from so3krates_dist.config import TrainSection
+from so3krates_dist.data.neighbors import build_neighbors
+from so3krates_dist.graph import Graph, GraphBatch, collate
+from so3krates_dist.train.losses import compute_loss, count_labels
+
+SECTION = TrainSection(energy_weight=0.7, forces_weight=1.3)
+SCALE = 1.7
+
+
+def make_batch(graphs: list[Graph]) -> GraphBatch:
+    return collate([build_neighbors(g, 4.0) for g in graphs], torch.float64)
+
+
+def predict(batch: GraphBatch) -> dict[str, torch.Tensor]:
+    """Return outputs that can be differentiated: labels with errors that depend on the place."""
+    assert batch.energy is not None
+    assert batch.forces is not None
+    energy, forces = (torch.nan_to_num(t, 0.0, 0.0, 0.0) for t in (batch.energy, batch.forces))
+    return {
+        "energy": (energy + 0.1 * batch.num_atoms).requires_grad_(True),
+        "forces": (forces + 0.2 * batch.positions).requires_grad_(True),
+    }
+
+
+def compute(graphs: list[Graph], counts: list[float] | None = None) -> tuple[float, list[float]]:
+    batch = make_batch(graphs)
+    loss, sums = compute_loss(predict(batch), batch, counts or count_labels(batch), SECTION, SCALE)
+    return float(loss.detach()), sums.tolist()
+
+
+class TestGlobalMean:
+    def test_its_formula(self) -> None:
+        graphs = make_graphs(4)
+        batch = make_batch(graphs)
+        outputs = predict(batch)
+        energy_errors = torch.full((4,), 0.1)
+        force_errors = 0.2 * batch.positions
+        expected = 0.7 * (energy_errors / SCALE).square().mean() + 1.3 * (force_errors / SCALE).square().mean()
+        loss, sums = compute_loss(outputs, batch, count_labels(batch), SECTION, SCALE)
+        assert float(loss.detach()) == pytest.approx(float(expected), rel=1e-7)
+        assert sums.tolist() == pytest.approx([0.4, float(force_errors.abs().sum())])
+
+    @pytest.mark.parametrize("cut", [0, 1, 3, 7, 10])
+    def test_shares_of_unequal_processes_add_up_to_it(self, cut: int) -> None:
+        graphs = sorted(make_graphs(10), key=lambda g: g.num_atoms)
+        whole, sums = compute(graphs)
+        counts = count_labels(make_batch(graphs))
+        parts = [compute(part, counts) for part in (graphs[:cut], graphs[cut:])]
+        assert sum(p[0] for p in parts) == pytest.approx(whole, rel=1e-12)
+        assert [sum(p[1][i] for p in parts) for i in range(2)] == pytest.approx(sums, rel=1e-12)
+
+    def test_means_of_processes_would_be_another_number(self) -> None:
+        """What DistributedDataParallel does: the reason for all this."""
+        graphs = sorted(make_graphs(10), key=lambda g: g.num_atoms)
+        naive = (compute(graphs[:3])[0] + compute(graphs[3:])[0]) / 2
+        assert naive != pytest.approx(compute(graphs)[0], rel=1e-2)
+
+    def test_counts(self) -> None:
+        graphs = make_graphs(4)
+        assert count_labels(make_batch(graphs)) == [4.0, 3.0 * sum(g.num_atoms for g in graphs), 0.0]
+
+
+class TestMissingLabels:
+    def test_they_count_nothing_and_pull_nowhere(self) -> None:
+        graphs = make_graphs(4)
+        graphs[1].energy = None
+        graphs[2].forces = None
+        batch = make_batch(graphs)
+        assert count_labels(batch) == [3.0, 3.0 * sum(g.num_atoms for i, g in enumerate(graphs) if i != 2), 0.0]
+        outputs = predict(batch)
+        loss, sums = compute_loss(outputs, batch, count_labels(batch), SECTION, SCALE)
+        loss.backward()
+        assert math.isfinite(float(loss.detach()))
+        assert torch.isfinite(sums).all()
+        energy_gradient, force_gradient = outputs["energy"].grad, outputs["forces"].grad
+        assert energy_gradient is not None
+        assert force_gradient is not None
+        assert (energy_gradient == 0).tolist() == [False, True, False, False]
+        assert torch.equal((force_gradient == 0).all(1), batch.graph_index == 2)
+
+    def test_a_batch_wholly_without_one_kind(self) -> None:
+        graphs = make_graphs(3)
+        for graph in graphs:
+            graph.energy = None
+        batch = make_batch(graphs)
+        assert count_labels(batch)[0] == 0.0
+        outputs = {"energy": torch.zeros(3).double(), "forces": torch.zeros_like(batch.positions, requires_grad=True)}
+        loss, sums = compute_loss(outputs, batch, count_labels(batch), SECTION, SCALE)
+        assert math.isfinite(float(loss.detach()))
+        assert sums[0] == 0
+
+    @pytest.mark.parametrize("value", [math.inf, -math.inf])
+    def test_an_infinite_label_is_no_missing_label(self, value: float) -> None:
+        """It must not vanish silently: the loss is not finite, and the guard skips the step."""
+        graphs = make_graphs(2)
+        assert graphs[0].forces is not None
+        graphs[0].forces[0, 0] = value
+        batch = make_batch(graphs)
+        assert count_labels(batch)[1] == 3.0 * len(batch.atomic_numbers)
+        loss, _ = compute_loss(predict(batch), batch, count_labels(batch), SECTION, SCALE)
+        assert not math.isfinite(float(loss.detach()))
+
+    def test_a_prediction_that_is_nan_shows(self) -> None:
+        batch = make_batch(make_graphs(2))
+        outputs = predict(batch)
+        outputs["forces"] = outputs["forces"] * math.nan
+        loss, _ = compute_loss(outputs, batch, count_labels(batch), SECTION, SCALE)
+        assert math.isnan(float(loss.detach()))
+
+
+class TestNothing:
+    def test_an_empty_batch_takes_part_with_nothing(self) -> None:
+        potential = make_morse().train().requires_grad_(True)
+        batch = collate([], torch.float32)
+        loss, sums = compute_loss(potential(batch), batch, [4.0, 60.0, 0.0], SECTION, SCALE)
+        loss.backward()
+        assert float(loss.detach()) == 0.0
+        assert sums.tolist() == [0.0, 0.0]
+        assert all(p.grad is not None and float(p.grad) == 0.0 for p in potential.parameters())
+
+    def test_weights_of_zero_switch_terms_off(self) -> None:
+        graphs = make_graphs(2)
+        batch = make_batch(graphs)
+        for energy, forces in ((0.0, 1.0), (1.0, 0.0)):
+            section = TrainSection(energy_weight=energy, forces_weight=forces)
+            outputs = predict(batch)
+            loss, _ = compute_loss(outputs, batch, count_labels(batch), section, SCALE)
+            loss.backward()
+            assert (outputs["energy"].grad is None) == (energy == 0.0)
+            assert bool((outputs["forces"].grad != 0).any()) == (forces != 0.0)
+
+
+def test_stress_is_compared_in_its_own_unit() -> None:
+    graphs = make_graphs(2)
+    for k, graph in enumerate(graphs):
+        graph.cell, graph.pbc = 12.0 * torch.eye(3).numpy(), torch.ones(3).bool().numpy()
+        graph.stress = k * torch.eye(3).double().numpy()
+    batch = make_batch(graphs)
+    section = TrainSection(energy_weight=0.0, forces_weight=0.0, stress_weight=0.5)
+    outputs = predict(batch) | {"stress": torch.zeros(2, 3, 3, dtype=torch.float64)}
+    assert count_labels(batch)[2] == 18.0
+    loss, _ = compute_loss(outputs, batch, count_labels(batch), section, SCALE)
+    assert float(loss.detach()) == pytest.approx(0.5 * 3 / 18)
+
+
+def test_energies_of_large_systems_are_compared_in_float64() -> None:
+    """An error of 1 meV in 1e6 eV would be lost in float32, where neighbouring numbers are 0.06 eV apart."""
+    batch = make_batch(make_graphs(1))
+    batch.energy = torch.tensor([-1e6], dtype=torch.float64)
+    outputs = {
+        "energy": torch.tensor([-1e6 + 1e-3], dtype=torch.float64, requires_grad=True),
+        "forces": torch.zeros(4, 3, requires_grad=True),
+    }
+    _, sums = compute_loss(outputs, batch, count_labels(batch), SECTION, SCALE)
+    assert float(sums[0]) == pytest.approx(1e-3 / 4, rel=1e-6)
