@@ -197,7 +197,7 @@ class TrainSection:
     save_every: int = 500
     """steps between checkpoints"""
     stop_at: int = 0
-    """save and stop after this many steps, as if asked to stop; the same command without it goes on; 0: run to the end"""
+    """save and stop after this many steps, with exit code 0; the same command without it goes on; 0: run to the end"""
     keep_checkpoints: int = 2
     """checkpoints kept, at least 2: the newest may be damaged"""
     max_skipped_steps: int = 10

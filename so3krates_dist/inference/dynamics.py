@@ -7,6 +7,7 @@ slope of a straight line through the total energy per atom, times 1 ps; its sign
 import argparse
 import dataclasses
 import json
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +24,7 @@ from ase.optimize import BFGS
 from so3krates_dist import __version__
 from so3krates_dist.config import read_config
 from so3krates_dist.data.shards import SPLITS, BlockReader, Manifest, load_manifest
-from so3krates_dist.distributed import Rank, choose_device
+from so3krates_dist.distributed import Rank, choose_device, tune_machine
 from so3krates_dist.errors import CheckpointError, ConfigError, DataError
 from so3krates_dist.graph import FloatArray, Graph
 from so3krates_dist.inference.calculator import DTYPES, So3kratesCalculator
@@ -35,6 +36,9 @@ DEFAULT_MOLECULE: Final = "ethanol"
 FRAME_INTERVAL_FS: Final = 5.0
 RELAXED_FORCE: Final = 0.05
 """eV/Å; a relaxation ends below this"""
+
+MAX_ATOMS_ONE_THREAD: Final = 100
+"""a smaller molecule has no work for a second CPU thread, and waits for it"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -329,6 +333,7 @@ def run(arguments: argparse.Namespace) -> int:
     folder: Path = arguments.run_folder
     atoms, name = _read_start(folder, arguments)
     device = choose_device(arguments.device, Rank())
+    tune_machine(1 if len(atoms) <= MAX_ATOMS_ONE_THREAD else os.cpu_count() or 1, device)
     calculator = So3kratesCalculator(folder, device=device, dtype=arguments.dtype)
     result = run_nve(
         calculator,

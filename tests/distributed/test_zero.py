@@ -47,7 +47,7 @@ def report(deviations: dict[str, float], tolerance: float) -> None:
 class TestTrajectories:
     def test_weights_are_those_of_plain_adamw(self, findings: Any, world_size: int) -> None:
         cases = findings[world_size][0]["trajectories"]
-        assert len(cases) == 30
+        assert len(cases) == 21
         assert all(c["motion"] > 5e-3 for c in cases.values()), (
             "the weights must move for the comparison to mean something"
         )
@@ -72,7 +72,7 @@ def test_ranks_held_different_numbers_of_atoms(findings: Any) -> None:
 def test_some_processes_had_nothing_to_do(findings: Any) -> None:
     cases = findings[2][1]["trajectories"]
     idle = [counts for name, case in cases.items() if "batch 1" in name for counts in case["graphs"]]
-    assert len(idle) == 6 * NUM_STEPS
+    assert len(idle) == 3 * NUM_STEPS
     assert not any(map(any, idle)), "the first steps of single conformers belong to the first rank"
     portions = [counts for name, case in cases.items() if "batch 2" in name for counts in case["graphs"]]
     assert any(0 in counts and 1 in counts for counts in portions), "one portion empty, the other not"

@@ -121,7 +121,7 @@ CASES: list[Case] = [
     ("a lost identity", lambda d, r: [(r / "run.json").write_text("[]") and "run.name=x"], EXIT_FAILURE,
      r"must hold a readable run\.json; got TypeError\."),
     ("no configuration", lambda d, r: [(r / "config.yaml").unlink() or "run.name=x"], EXIT_CONFIG,
-     r"config\.yaml must be a readable YAML file; got FileNotFoundError\."),
+     r"config\.yaml must be a readable YAML file; got No such file"),
     ("an unknown setting", lambda d, r: ["train.lr=1e-3"], EXIT_CONFIG, r"Did you mean `train\.learning_rate`\?"),
 ]  # fmt: skip
 

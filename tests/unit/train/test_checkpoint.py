@@ -115,9 +115,7 @@ class TestFinding:
     def test_nothing_whole(self, tmp_path: Path) -> None:
         path = save_checkpoint(tmp_path, make_state(1), keep=2)
         (path / "manifest.json").write_text("[]")
-        with pytest.raises(
-            CheckpointError, match="must hold a checkpoint that is whole; got .*damaged \\(TypeError\\)"
-        ):
+        with pytest.raises(CheckpointError, match=r"must hold a checkpoint that is whole; got .*damaged \(TypeError\)"):
             find_checkpoint(tmp_path)
 
 
