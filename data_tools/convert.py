@@ -41,6 +41,9 @@ _FORCE_RMS_BAND: Final = (0.02, 10.0)
 _OUTLIER: Final = 20.0
 """Forces this many times the usual ones are failed calculations"""
 _SAMPLE: Final = 200
+_EPILOG: Final = """\
+Dipoles are taken as e times the length unit; those in Debye have to be converted before.
+"""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -65,6 +68,7 @@ class FileUnits:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `so3krates convert`."""
+    parser.epilog = _EPILOG
     parser.add_argument("input", type=Path, help="extxyz or any file that ASE reads, or .npz")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="data set to write; must not exist")
     parser.add_argument(
@@ -96,6 +100,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Convert one file; returns the exit code."""
     check_output_folder(arguments.out)
     Split.parse(arguments.split)
+    gate.check_max_force(arguments.max_force)
     keys = parse_keys(arguments.keys)
     structures = read_structures(arguments.input, keys, arguments.group)
     _check_labels(structures, arguments.input)
@@ -242,26 +247,42 @@ def measure_bond_ratio(graphs: Sequence[Graph]) -> float | None:
         radii = covalent_radii[graph.atomic_numbers[:_SAMPLE]]
         distances = np.linalg.norm(positions[:, None] - positions, axis=-1) / (radii[:, None] + radii)
         np.fill_diagonal(distances, np.inf)
-        ratios += distances.min(1).tolist()
+        nearest = distances.min(1)
+        ratios += nearest[np.isfinite(nearest)].tolist()  # a faulty structure is the gate's business
     return float(np.median(ratios)) if ratios else None
 
 
 def _choose_energy(structures: Structures, path: Path) -> tuple[str, str]:
-    if not structures.is_npz:
-        return "eV", "ASE's convention"
+    """Return the energy unit and the reason for it.
+
+    ASE's formats are in eV unless the total energies look like those of all electrons in another unit. Energies that look like
+    nothing known (of valence electrons, of formation) are believed to be in eV there, and refused in an npz.
+    """
     remedy = "Give --energy-unit (and --force-unit where it is not energy over length)"
-    labelled = [g for g in _sample(structures.graphs) if g.energy is not None]
-    if not labelled:
-        raise DataError(str(path), "have energies that tell the energy unit", "none", remedy)
-    ratio = float(np.median([(g.energy or 0.0) / gate.estimate_total_energy(g.atomic_numbers) for g in labelled]))
+    ratio = measure_energy_ratio(structures.graphs)
     low, high = _TOTAL_ENERGY_BAND
-    for unit in _RECOGNISED_ENERGIES:
-        if low <= ratio * ENERGY_UNITS[unit] <= high:
-            share = ratio * ENERGY_UNITS[unit]
-            return unit, f"recognised: {share:.3f} of the all-electron energy estimated from the composition"
+    shares = {} if ratio is None else {unit: ratio * ENERGY_UNITS[unit] for unit in _RECOGNISED_ENERGIES}
+    fits = {unit: share for unit, share in shares.items() if low <= share <= high}
+    unit = next(iter(fits), None)
+    if structures.is_npz and unit is not None:
+        return unit, f"recognised: {fits[unit]:.3f} of the all-electron energy estimated from the composition"
+    if not structures.is_npz and unit in ("eV", None):
+        return "eV", "ASE's convention"
+    if ratio is None:
+        raise DataError(str(path), "have energies that tell the energy unit", "none", remedy)
+    if unit is not None:
+        got = f"total energies that look like {unit} ({fits[unit]:.3f} of the estimate for all electrons)"
+        raise DataError(str(path), "have energies in eV (ASE's convention), or a given unit", got, remedy)
     rule = "have total energies of all electrons, from which the unit can be told"
-    per_atom = float(np.median([(g.energy or 0.0) / g.num_atoms for g in labelled]))
-    raise DataError(str(path), rule, f"{per_atom:.4g} per atom, {ratio:.3g} times the estimate in eV", remedy)
+    raise DataError(str(path), rule, f"{ratio:.3g} times the estimate in eV", remedy)
+
+
+def measure_energy_ratio(graphs: Sequence[Graph]) -> float | None:
+    """Return the median of the energies over what all electrons are estimated to have in eV; None without energies."""
+    estimates = [(g.energy, gate.estimate_total_energy(g.atomic_numbers)) for g in _sample(graphs)]
+    ratios = [energy / estimate for energy, estimate in estimates if energy is not None and estimate]
+    finite = [ratio for ratio in ratios if np.isfinite(ratio)]
+    return float(np.median(finite)) if finite else None
 
 
 def check_units(graphs: Sequence[Graph], path: Path, *, strict: bool) -> None:

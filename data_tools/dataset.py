@@ -6,9 +6,9 @@ no conformer to another split (with fractions). A folder appears under its name 
 
 import contextlib
 import dataclasses
+import fcntl
 import os
 import shutil
-import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
@@ -26,6 +26,8 @@ from so3krates_dist.graph import Graph
 
 DEFAULT_SPLIT: Final = "0.8,0.1,0.1"
 BLOCKS_PER_SHARD: Final = 256
+_LOCK: Final = "so3krates.lock"
+_CONTENT: Final = "content"
 _HASHES: Final = 2**64
 _LABELS: Final = ("energy", "forces", "stress", "dipole", "partial_charges")
 _GRAPH_ARRAYS: Final = ("cell", "pbc", *_LABELS)
@@ -88,6 +90,22 @@ def check_output_folder(folder: Path) -> None:
         raise DataError(str(folder), "not exist yet", "a folder", "Choose another --out, or remove it first")
     if not folder.parent.is_dir():
         raise DataError(str(folder.parent), "be a folder", "nothing there", "Make it first, or choose another --out")
+    _check_workplace(_find_workplace(folder))
+
+
+def _find_workplace(folder: Path) -> Path:
+    """Return the hidden folder that a data set is written in before it gets its name."""
+    return folder.with_name(f".{folder.name}.tmp")
+
+
+def _check_workplace(path: Path) -> None:
+    """Raise `DataError` where something is in the place of the hidden folder that this tool did not put there."""
+    if not path.exists() and not path.is_symlink():
+        return
+    names = {p.name for p in path.iterdir()} if path.is_dir() and not path.is_symlink() else {"no folder"}
+    if names and (_LOCK not in names or names - {_LOCK, _CONTENT}):
+        rule = "be free for a data set while it is written"
+        raise DataError(str(path), rule, ", ".join(sorted(names)[:3]), "Remove it, or choose another --out")
 
 
 def describe_versions(*packages: str) -> dict[str, str]:
@@ -248,13 +266,27 @@ def check_block_counts(block: shards.Block, entry: shards.BlockEntry, where: str
 
 @contextlib.contextmanager
 def _temporary_folder(folder: Path) -> Iterator[Path]:
-    """Make a folder beside the wanted one that goes away again unless it is renamed."""
-    path = folder.with_name(f"{folder.name}.tmp-{uuid.uuid4().hex[:12]}")
-    path.mkdir()
-    try:
-        yield path
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
+    """Make a hidden folder beside the wanted one; its content goes away again unless it is renamed.
+
+    What a killed process left there is cleared. A lock, which ends with its process, tells it from what another one writes.
+    """
+    path = _find_workplace(folder)
+    _check_workplace(path)
+    path.mkdir(exist_ok=True)
+    with (path / _LOCK).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            remedy = "Wait for it, or choose another --out"
+            raise DataError(str(folder), "be written by one process at a time", "another one", remedy) from None
+        except OSError:
+            pass  # a file system without locks
+        shutil.rmtree(path / _CONTENT, ignore_errors=True)
+        (path / _CONTENT).mkdir()
+        try:
+            yield path / _CONTENT
+        finally:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _write_text(path: Path, text: str) -> None:

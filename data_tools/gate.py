@@ -13,11 +13,15 @@ import numpy as np
 
 from so3krates_dist.data.neighbors import build_neighbors
 from so3krates_dist.errors import DataError
-from so3krates_dist.graph import ELEMENT_SYMBOLS, MAX_ATOMIC_NUMBER, FloatArray, Graph, compute_formula
+from so3krates_dist.graph import ELEMENT_SYMBOLS, MAX_ATOMIC_NUMBER, FloatArray, Graph, IntArray, compute_formula
 from so3krates_dist.units import HARTREE_EV
 
 MIN_DISTANCE: Final = 0.3
 """Å; no two nuclei come this close below some hundred eV"""
+_MIN_CELL_SIZE: Final = 0.1
+"""Å; least singular value of the repeating cell vectors. Flatter ones have no volume, and a cell list never ends"""
+_FINITE: Final = ("positions", "cell", "total_charge", "num_unpaired_electrons")
+_FINITE_LABELS: Final = ("energy", "forces", "stress", "dipole", "partial_charges")
 SLOPE_BAND: Final = (0.3, 3.0)
 """Separates correct units from every pair of wrong ones on five real sets"""
 _MIN_PAIRS: Final = 10
@@ -45,14 +49,16 @@ def find_problem(graph: Graph, max_force: float) -> Problem | None:
         graph: A structure.
         max_force: eV/Å; larger forces than that are taken for a failure.
     """
-    for name in ("positions", "energy", "forces", "stress", "dipole", "partial_charges"):
+    for name in (*_FINITE, *_FINITE_LABELS):  # before any distance: vesin dies of nan with a signal
         value = getattr(graph, name)
         if value is not None and not np.all(np.isfinite(value)):
             return Problem(f"{name} not finite", f"have finite {name}", "nan or infinity")
     numbers = graph.atomic_numbers
-    if not len(numbers) or numbers.min() < 1 or numbers.max() > MAX_ATOMIC_NUMBER:
+    if not are_elements(numbers):
         found = "no atoms" if not len(numbers) else f"{numbers.min()} to {numbers.max()}"
         return Problem("unknown element", f"have atomic numbers from 1 to {MAX_ATOMIC_NUMBER}", found)
+    if (size := _find_cell_size(graph)) < _MIN_CELL_SIZE:
+        return Problem("flat cell", "have a cell that is not flat along its periodic directions", f"{size:.2g} Å")
     if (distance := find_min_distance(graph)) < MIN_DISTANCE:
         return Problem("atoms too close", f"have its atoms at least {MIN_DISTANCE} Å apart", f"{distance:.3f} Å")
     if graph.forces is not None:
@@ -60,6 +66,26 @@ def find_problem(graph: Graph, max_force: float) -> Problem | None:
         if largest > max_force:
             return Problem("force too large", f"have forces of at most {max_force:g} eV/Å", f"{largest:.3g} eV/Å")
     return find_parity_problem(graph)
+
+
+def are_elements(atomic_numbers: IntArray) -> bool:
+    """Return whether there are atoms, and all of them of known elements."""
+    known = (atomic_numbers >= 1) & (atomic_numbers <= MAX_ATOMIC_NUMBER)
+    return bool(len(atomic_numbers) and np.all(known))
+
+
+def _find_cell_size(graph: Graph) -> float:
+    """Return the least extent of the cell along the directions in which it repeats (Å), infinity for a molecule."""
+    if graph.pbc is None or not graph.is_periodic:
+        return np.inf
+    cell = np.zeros((3, 3)) if graph.cell is None else np.asarray(graph.cell, np.float64)
+    return float(np.linalg.svd(cell[np.asarray(graph.pbc, bool)], compute_uv=False).min())
+
+
+def check_max_force(value: float) -> None:
+    """Raise `DataError` where `--max-force` is no limit: nothing is larger than nan, and everything than a negative one."""
+    if not (np.isfinite(value) and value > 0):
+        raise DataError("--max-force", "be a positive, finite number of eV/Å", value, "Give one like 50")
 
 
 def find_min_distance(graph: Graph) -> float:
@@ -78,9 +104,10 @@ def find_min_distance(graph: Graph) -> float:
 
 def find_parity_problem(graph: Graph) -> Problem | None:
     """Return what is wrong with the number of electrons: it must be even or odd as the unpaired ones are."""
-    electrons = int(graph.atomic_numbers.sum()) - graph.total_charge
-    unpaired = graph.num_unpaired_electrons
-    if electrons != round(electrons) or unpaired != round(unpaired) or not 0 <= unpaired <= max(electrons, 0):
+    electrons = int(graph.atomic_numbers.sum()) - float(graph.total_charge)
+    unpaired = float(graph.num_unpaired_electrons)
+    whole = electrons.is_integer() and unpaired.is_integer()  # nan and infinity are none
+    if not whole or not 0 <= unpaired <= max(electrons, 0):
         got = f"charge {graph.total_charge:g} and {unpaired:g} unpaired electrons"
         return Problem(
             "charge or spin impossible", "have a whole charge and a possible number of unpaired electrons", got
@@ -93,6 +120,8 @@ def find_parity_problem(graph: Graph) -> Problem | None:
 
 def describe(graph: Graph) -> str:
     """Return a short name of a structure for messages: group and formula."""
+    if not are_elements(graph.atomic_numbers):
+        return graph.group or "structure"
     formula = compute_formula(graph.atomic_numbers)
     return formula if graph.group in ("", formula) else f"{graph.group} ({formula})"
 
@@ -187,5 +216,5 @@ def _align(moving: FloatArray, fixed: FloatArray) -> FloatArray:
 
 
 def name_elements(numbers: Sequence[int]) -> str:
-    """Return element symbols with spaces between them."""
-    return " ".join(ELEMENT_SYMBOLS[z] for z in numbers)
+    """Return element symbols with spaces between them; numbers that are no element's stay numbers."""
+    return " ".join(ELEMENT_SYMBOLS[z] if 0 <= z <= MAX_ATOMIC_NUMBER else str(z) for z in numbers)

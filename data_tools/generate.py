@@ -2,6 +2,9 @@
 
 Molecule -> ETKDG conformer -> Langevin dynamics on MMFF94 -> GFN2-xTB, in one process per core with one thread each. The bytes
 of the data set depend on the arguments, the machine and the versions, not on the number of processes.
+
+Splits are by conformer: conformers that are held out for validation and test are other frames of the trajectories that are
+trained on. The manifest takes its name from --name, or from the folder.
 """
 
 import argparse
@@ -38,11 +41,18 @@ DEFAULT_MAX_FORCE: Final = 20.0
 """eV/Å; MMFF94 at 1000 K stays below 8, so that more is a structure gone astray"""
 RATTLES: Final = (0.02, 0.05)
 """Å; more gives forces that no dynamics meets"""
+_MAX_REASONS: Final = 10
+_EPILOG: Final = """\
+Splits are by conformer: what is held out for validation and test are other frames of
+the trajectories that are trained on, not other molecules. The name in the manifest
+is that of --name, or the folder's.
+"""
 _THREAD_VARIABLES: Final = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `so3krates generate`."""
+    parser.epilog = _EPILOG
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="data set to write; must not exist")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--builtin", action="store_true", help="ten small organic molecules (default)")
@@ -50,8 +60,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--g2", action="store_true", help="ASE's g2 molecules, displaced at random")
     source.add_argument("--s22", action="store_true", help="ASE's s22 dimers, displaced at random")
     source.add_argument("--geometries", type=Path, metavar="FILE", help="label these structures as they are")
-    parser.add_argument("--num-conformers", type=int, default=DEFAULT_NUM_CONFORMERS, help="in total (%(default)s)")
-    parser.add_argument("--temperatures", type=float, nargs="+", default=list(DEFAULT_TEMPERATURES), metavar="K")
+    parser.add_argument("--num-conformers", type=int, help=f"in total ({DEFAULT_NUM_CONFORMERS}), not for --geometries")
+    default = " ".join(f"{t:g}" for t in DEFAULT_TEMPERATURES)
+    parser.add_argument(
+        "--temperatures", type=float, nargs="+", metavar="K", help=f"of the dynamics, where there are any ({default})"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of sampling and split (%(default)s)")
     parser.add_argument(
         "--processes", type=int, default=len(os.sched_getaffinity(0)), help="one per core (%(default)s)"
@@ -97,15 +110,36 @@ def run(arguments: argparse.Namespace) -> int:
 def _check_arguments(arguments: argparse.Namespace) -> None:
     check_output_folder(arguments.out)
     Split.parse(arguments.split)
-    for name in ("num_conformers", "processes"):
-        if getattr(arguments, name) < 1:
-            option = "--" + name.replace("_", "-")
-            raise DataError(option, "be at least 1", getattr(arguments, name), "Give a larger number")
-    if not all(np.isfinite(t) and t > 0 for t in arguments.temperatures):
-        raise DataError("--temperatures", "be above 0 K", arguments.temperatures, "Give positive temperatures")
-    if len(set(arguments.temperatures)) != len(arguments.temperatures):
-        raise DataError("--temperatures", "be different", arguments.temperatures, "Name each once")
+    gate.check_max_force(arguments.max_force)
+    _refuse_unused(arguments)
+    for option, number in (("--num-conformers", _num_conformers(arguments)), ("--processes", arguments.processes)):
+        if number < 1:
+            raise DataError(option, "be at least 1", number, "Give a larger number")
+    temperatures = _temperatures(arguments)
+    if not all(np.isfinite(t) and t > 0 for t in temperatures):
+        raise DataError("--temperatures", "be above 0 K", temperatures, "Give positive temperatures")
+    if len(set(temperatures)) != len(temperatures):
+        raise DataError("--temperatures", "be different", temperatures, "Name each once")
     molecules.check_installed("tblite")
+
+
+def _refuse_unused(arguments: argparse.Namespace) -> None:
+    """Refuse options that would have no effect on the molecules that were asked for."""
+    still = next((name for name in ("geometries", "g2", "s22") if getattr(arguments, name)), None)
+    if still == "geometries" and arguments.num_conformers is not None:
+        rule, remedy = "not be given with --geometries, where each is labelled once", "Leave it out"
+        raise DataError("--num-conformers", rule, arguments.num_conformers, remedy)
+    if still is not None and arguments.temperatures is not None:
+        rule = f"not be given with --{still}, where no dynamics are run"
+        raise DataError("--temperatures", rule, arguments.temperatures, "Leave it out")
+
+
+def _num_conformers(arguments: argparse.Namespace) -> int:
+    return DEFAULT_NUM_CONFORMERS if arguments.num_conformers is None else int(arguments.num_conformers)
+
+
+def _temperatures(arguments: argparse.Namespace) -> list[float]:
+    return list(DEFAULT_TEMPERATURES if arguments.temperatures is None else arguments.temperatures)
 
 
 def _load_molecules(arguments: argparse.Namespace) -> tuple[dict[str, str], list[Molecule]]:
@@ -121,7 +155,8 @@ def _load_molecules(arguments: argparse.Namespace) -> tuple[dict[str, str], list
         return {"collection": "s22 of ASE"}, molecules.load_s22()
     found = molecules.load_builtin()
     if found[0].smiles is None:
-        say("RDKit is not installed: the built-in molecules come from ASE's g2 set, displaced at random")
+        unused = "" if arguments.temperatures is None else "; --temperatures has no effect"
+        say(f"RDKit is not installed: the built-in molecules come from ASE's g2 set, displaced at random{unused}")
     return {"collection": "builtin"}, found
 
 
@@ -138,9 +173,9 @@ def plan_tasks(found: Sequence[Molecule], arguments: argparse.Namespace) -> list
     if arguments.geometries is not None:
         return [Task(m, "given", 0.0, number, 1, arguments.seed) for number, m in enumerate(found)]
     kind: Literal["langevin", "rattle"] = "rattle" if found[0].smiles is None else "langevin"
-    levels = arguments.temperatures if kind == "langevin" else RATTLES
+    levels = _temperatures(arguments) if kind == "langevin" else RATTLES
     series = [(molecule, level) for level in levels for molecule in found]
-    base, more = divmod(arguments.num_conformers, len(series))
+    base, more = divmod(_num_conformers(arguments), len(series))
     tasks = []
     for index, (molecule, level) in enumerate(series):
         wanted = base + (index < more)
@@ -165,7 +200,7 @@ def label(
         The samples of each task, and the isolated atoms' energies (eV).
 
     Raises:
-        DataError: A molecule cannot be sampled, or a worker process died.
+        DataError: A worker process died.
     """
     samples = []
     try:
@@ -175,8 +210,6 @@ def label(
                 samples.append(result)
                 advance(len(result))
             return samples, isolated.result()
-    except sampling.SamplingError as error:
-        raise DataError("molecule", "have a conformer to start from", error, "Remove it") from error
     except BrokenProcessPool as error:
         where = f"worker process, after {len(samples)} of {len(tasks)} tasks,"
         raise DataError(where, "live until its work is done", error, "Look for lack of memory; try again") from error
@@ -206,7 +239,11 @@ def _one_thread_each() -> Iterator[None]:
 def sort_out(
     tasks: Sequence[Task], samples: Sequence[Sequence[Sample]], max_force: float
 ) -> tuple[list[Graph], dict[str, int]]:
-    """Return the labelled structures, and how many of which molecule were dropped for which reason."""
+    """Return the labelled structures, and how many of which molecule were dropped for which reason.
+
+    Raises:
+        DataError: Nothing is left.
+    """
     graphs, dropped = [], Counter[str]()
     for task, results in zip(tasks, samples, strict=True):
         for sample in results:
@@ -216,6 +253,10 @@ def sort_out(
                 graphs.append(graph)
             else:
                 dropped[f"{task.molecule.name}: {sample.failure if problem is None else problem.reason}"] += 1
+    if not graphs:
+        reasons = "; ".join(f"{count} times {reason}" for reason, count in dropped.most_common(_MAX_REASONS))
+        more = f"; and {len(dropped) - _MAX_REASONS} more reasons" if len(dropped) > _MAX_REASONS else ""
+        raise DataError("labelling", "leave at least one conformer", reasons + more, "Correct or replace the molecules")
     return graphs, dict(dropped)
 
 
@@ -243,7 +284,7 @@ def _describe(
     if kind == "langevin":
         settings |= {
             "force_field": "MMFF94",
-            "temperatures_K": arguments.temperatures,
+            "temperatures_K": _temperatures(arguments),
             "timestep_fs": sampling.TIMESTEP_FS,
             "friction_per_fs": sampling.FRICTION_PER_FS,
             "steps_per_sample": sampling.STEPS_PER_SAMPLE,

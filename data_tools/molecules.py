@@ -1,7 +1,7 @@
 """Where molecules come from: the built-in ten, a file of SMILES, ASE's g2 and s22 sets, or a file of geometries.
 
 Refuses what cannot be labelled before anything is computed: charge and spin that do not fit the number of electrons, elements
-without GFN2 parameters, molecules without MMFF94 parameters.
+without GFN2 parameters or with electrons that GFN2 does not count (Ce to Lu), molecules without MMFF94 parameters.
 """
 
 import importlib
@@ -14,7 +14,7 @@ import numpy as np
 from data_tools import gate
 from data_tools.readers import read_structures
 from data_tools.sampling import Molecule, has_force_field, parse_smiles
-from data_tools.xtb import MAX_ELEMENT
+from data_tools.xtb import LANTHANIDES, MAX_ELEMENT
 from so3krates_dist.errors import DataError
 from so3krates_dist.graph import Graph, compute_formula
 
@@ -66,8 +66,12 @@ def load_smiles(path: Path) -> list[Molecule]:
     check_installed("rdkit")
     if not path.is_file():
         raise DataError(str(path), "be a file of SMILES", "nothing there", "Check the path")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(str(path), "be text in UTF-8", error, "Save it as UTF-8") from error
     molecules = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(text.splitlines(), start=1):
         words = line.split(maxsplit=1)
         if words and not line.startswith("#"):
             molecules.append(_from_smiles(words[0], words[-1].strip(), f"{path.name}:{number}"))
@@ -156,9 +160,14 @@ def load_geometries(path: Path) -> list[Molecule]:
 
 
 def _check_molecule(molecule: Molecule, where: str) -> None:
-    if molecule.atomic_numbers.max() > MAX_ELEMENT:
-        got = gate.name_elements([int(molecule.atomic_numbers.max())])
-        raise DataError(where, "have elements that GFN2-xTB knows (H to Rn)", got, "Remove it")
+    elements = find_elements([molecule])
+    if elements and elements[-1] > MAX_ELEMENT:
+        raise DataError(
+            where, "have elements that GFN2-xTB knows (H to Rn)", gate.name_elements(elements[-1:]), "Remove it"
+        )
+    if lanthanides := [z for z in elements if z in LANTHANIDES]:
+        remedy = "Remove it: GFN2-xTB has 4f electrons in the core, so charge and spin cannot be checked"
+        raise DataError(where, "have no lanthanide from Ce to Lu", gate.name_elements(lanthanides), remedy)
     graph = Graph(
         atomic_numbers=molecule.atomic_numbers,
         positions=np.zeros((len(molecule.atomic_numbers), 3)),

@@ -12,8 +12,9 @@ from typing import Any, Final
 
 import numpy as np
 
+from data_tools.console import say
 from so3krates_dist.errors import DataError
-from so3krates_dist.graph import Graph, compute_formula
+from so3krates_dist.graph import MAX_ATOMIC_NUMBER, Graph, compute_formula
 
 ALIASES: Final[dict[str, tuple[str, ...]]] = {
     "energy": ("energy", "energies", "E", "REF_energy", "ref_energy", "DFT_energy", "dft_energy", "total_energy"),
@@ -29,6 +30,9 @@ ALIASES: Final[dict[str, tuple[str, ...]]] = {
 
 _NOT_LABELS: Final = ("group", "total_charge", "num_unpaired_electrons")
 """These have a value where a structure says nothing"""
+
+_OPTIONAL: Final = ("stress", "dipole", "partial_charges")
+"""Labels that are left out as a whole where only some frames have them"""
 
 _NPZ_ALIASES: Final[dict[str, tuple[str, ...]]] = {
     "atomic_numbers": ("atomic_numbers", "z", "nuclear_charges", "numbers"),
@@ -121,6 +125,16 @@ def _shape(value: Any, shape: tuple[int, ...], where: str) -> np.ndarray:
     return array
 
 
+def _read_numbers(value: Any, size: int, where: str) -> np.ndarray:
+    """Return (size,) int64 atomic numbers, zero for padding, or raise."""
+    numbers = _shape(value, (size,), f"{where} atomic_numbers")
+    sound = (numbers >= 0) & (numbers <= MAX_ATOMIC_NUMBER) & (numbers == np.round(numbers))
+    if not sound.all():
+        rule = f"have whole atomic numbers from 1 to {MAX_ATOMIC_NUMBER} (0 is padding)"
+        raise DataError(where, rule, f"{numbers[~sound][0]:g}", "Correct the file or --keys")
+    return numbers.astype(np.int64)
+
+
 # ---------------------------------------------------------------------------------------------------- files that ASE reads
 
 
@@ -136,7 +150,7 @@ def _read_ase(path: Path, keys: Mapping[str, str], aliases: Mapping[str, Sequenc
     if not frames:
         raise DataError(str(path), "hold structures", "none", "Check the file")
     tables = [_collect(atoms) for atoms in frames]
-    found = _find_keys(set().union(*tables), keys, aliases, path)
+    found = _leave_out_uneven(_find_keys(set().union(*tables), keys, aliases, path), tables, path)
     any_periodic = any(atoms.pbc.any() for atoms in frames)
     graphs = [
         _graph_from_ase(atoms, table, found, any_periodic, f"{path.name}:{number}")
@@ -152,6 +166,17 @@ def _collect(atoms: Any) -> dict[str, Any]:
     return {k: v for k, v in (atoms.info | atoms.arrays | results).items() if k not in own}
 
 
+def _leave_out_uneven(found: dict[str, str], tables: Sequence[Mapping[str, Any]], path: Path) -> dict[str, str]:
+    """Return the keys without those of optional labels that only some frames have."""
+    even = dict(found)
+    for label in _OPTIONAL:
+        having = sum(found.get(label) in table for table in tables)
+        if label in found and having < len(tables):
+            del even[label]
+            say(f"{path.name}: {label} is left out, only {having} of {len(tables)} structures have `{found[label]}`")
+    return even
+
+
 def _graph_from_ase(
     atoms: Any, table: Mapping[str, Any], found: Mapping[str, str], periodic: bool, where: str
 ) -> Graph:
@@ -164,7 +189,7 @@ def _graph_from_ase(
         values[label] = table[key]
     fields = _shape_labels(values, len(atoms), where)
     graph = Graph(
-        atomic_numbers=np.asarray(atoms.numbers),
+        atomic_numbers=_read_numbers(atoms.numbers, len(atoms), where),
         positions=np.asarray(atoms.positions),
         cell=np.asarray(atoms.cell[:]) if periodic else None,
         pbc=np.asarray(atoms.pbc) if periodic else None,
@@ -232,10 +257,11 @@ def _read_npz(path: Path, keys: Mapping[str, str], aliases: Mapping[str, Sequenc
         if label not in arrays:
             remedy = f"Name its key with --keys {label}=KEY"
             raise DataError(str(path), f"have {label}", ", ".join(sorted(available)) or "nothing", remedy)
-    return Structures(list(_iter_npz(arrays, path)), found, is_npz=True)
+    spin_key = found.get("num_unpaired_electrons")
+    return Structures(list(_iter_npz(arrays, spin_key, path)), found, is_npz=True)
 
 
-def _iter_npz(arrays: Mapping[str, np.ndarray], path: Path) -> Iterator[Graph]:
+def _iter_npz(arrays: Mapping[str, np.ndarray], spin_key: str | None, path: Path) -> Iterator[Graph]:
     positions = arrays["positions"]
     if positions.ndim != 3 or positions.shape[2] != 3 or not len(positions):
         raise DataError(f"{path} positions", "have shape (conformers, atoms, 3)", positions.shape, "Correct --keys")
@@ -248,12 +274,12 @@ def _iter_npz(arrays: Mapping[str, np.ndarray], path: Path) -> Iterator[Graph]:
             raise DataError(f"{path} {label}", f"have {count} rows like positions", array.shape, "Correct the file")
     for index in range(count):
         row = {label: array if label in shared else array[index] for label, array in arrays.items()}
-        yield _graph_from_row(row, size, f"{path.name}:{index}")
+        yield _graph_from_row(row, size, spin_key, f"{path.name}:{index}")
 
 
-def _graph_from_row(row: Mapping[str, Any], size: int, where: str) -> Graph:
+def _graph_from_row(row: Mapping[str, Any], size: int, spin_key: str | None, where: str) -> Graph:
     """Build one structure of an npz; atoms with the number zero are padding."""
-    numbers = _shape(row["atomic_numbers"], (size,), f"{where} atomic_numbers").astype(np.int64)
+    numbers = _read_numbers(row["atomic_numbers"], size, where)
     real = numbers > 0
     labels = {k: v for k, v in row.items() if k in ALIASES}
     fields = _shape_labels(labels, size, where)
@@ -270,6 +296,4 @@ def _graph_from_row(row: Mapping[str, Any], size: int, where: str) -> Graph:
         group=str(row["group"]) if "group" in row else "",
         **fields,
     )
-    return _with_spin(
-        graph, "spin" if "num_unpaired_electrons" in row else None, row.get("num_unpaired_electrons"), where
-    )
+    return _with_spin(graph, spin_key, row.get("num_unpaired_electrons"), where)

@@ -20,6 +20,10 @@ STEPS_PER_SAMPLE: Final = 100
 EQUILIBRATION_STEPS: Final = 1000
 TRAJECTORY_SAMPLES: Final = 50
 """Samples of one trajectory: each starts from its own conformer"""
+DIVERGED: Final = "dynamics diverged"
+"""Reason of samples that are left of a trajectory once it has blown up"""
+_MAX_EXTENT: Final = 1e3
+"""Å from the centre; no molecule is that large"""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -61,19 +65,23 @@ class Sample:
 
 
 class SamplingError(Exception):
-    """A molecule cannot be embedded or has no MMFF94 parameters; the message says which of them."""
+    """A molecule cannot be embedded or has no MMFF94 parameters; the message says which of both."""
 
 
 def run_task(task: Task) -> list[Sample]:
-    """Sample geometries and label them.
-
-    Raises:
-        SamplingError: There is no conformer to start from.
-    """
+    """Sample geometries and label them; what fails is a sample without labels, so that other molecules go on."""
     molecule = task.molecule
     labeller = Labeller(molecule.atomic_numbers, molecule.total_charge, molecule.num_unpaired_electrons)
     samples = []
-    for positions in _sample(task):
+    try:
+        geometries = _sample(task)
+    except SamplingError as error:
+        nowhere = np.zeros((len(molecule.atomic_numbers), 3))
+        return [Sample(nowhere, None, str(error)) for _ in range(task.count)]
+    for positions in geometries:
+        if not np.all(np.isfinite(positions)):
+            samples.append(Sample(positions, None, DIVERGED))
+            continue
         stored = positions.astype(np.float32).astype(np.float64)  # labels belong to the positions that are written
         try:
             samples.append(Sample(stored, labeller.label(stored)))
@@ -121,17 +129,17 @@ def has_force_field(molecule: Any) -> bool:
 class _ForceField:
     """MMFF94 energies and gradients of one embedded and optimised conformer."""
 
-    def __init__(self, name: str, smiles: str, embedding_seed: int) -> None:
+    def __init__(self, smiles: str, embedding_seed: int) -> None:
         from rdkit.Chem import rdDistGeom, rdForceFieldHelpers
 
         molecule = parse_smiles(smiles)
         parameters: Any = rdDistGeom.ETKDGv3()
         parameters.randomSeed = embedding_seed
         if rdDistGeom.EmbedMolecule(molecule, parameters) != 0:
-            raise SamplingError(f"{name}: ETKDG found no conformer of {smiles}")
+            raise SamplingError(f"ETKDG found no conformer of {smiles}")
         properties = rdForceFieldHelpers.MMFFGetMoleculeProperties(molecule)
         if properties is None:
-            raise SamplingError(f"{name}: MMFF94 has no parameters for {smiles}")
+            raise SamplingError(f"MMFF94 has no parameters for {smiles}")
         self._molecule = molecule  # the field points into its conformer and does not keep it alive
         self._field = rdForceFieldHelpers.MMFFGetMoleculeForceField(molecule, properties)
         self._field.Minimize(maxIts=1000)
@@ -149,13 +157,16 @@ class _ForceField:
 
 
 def _run_langevin(task: Task) -> Float64Array:
-    """Run Langevin dynamics with the BAOAB splitting (Leimkuhler and Matthews, J. Chem. Phys. 138, 174102 (2013))."""
+    """Run Langevin dynamics with the BAOAB splitting (Leimkuhler and Matthews, J. Chem. Phys. 138, 174102 (2013)).
+
+    Samples after the trajectory has blown up are nan.
+    """
     import ase.units
     from ase.data import atomic_masses
 
     assert task.molecule.smiles is not None, "Langevin dynamics needs a SMILES"
     generator = np.random.Generator(np.random.Philox(key=_make_key(task)))
-    field = _ForceField(task.molecule.name, task.molecule.smiles, int(generator.integers(1, 2**31 - 1)))
+    field = _ForceField(task.molecule.smiles, int(generator.integers(1, 2**31 - 1)))
     masses = atomic_masses[task.molecule.atomic_numbers][:, None]
     half = 0.5 * TIMESTEP_FS * ase.units.fs
     thermal = np.sqrt(BOLTZMANN_EV_PER_K * task.level / masses)
@@ -170,6 +181,9 @@ def _run_langevin(task: Task) -> Float64Array:
         positions = positions + half * velocities
         velocities = keep * velocities + kick * generator.standard_normal(positions.shape)
         positions = positions + half * velocities
+        if not np.all(np.abs(positions - positions.mean(0)) < _MAX_EXTENT):  # nan is not below it either
+            samples += (task.count - len(samples)) * [np.full_like(positions, np.nan)]
+            break
         forces = field.compute_forces(positions)
         velocities = velocities + half * forces / masses
         if step > EQUILIBRATION_STEPS and step % STEPS_PER_SAMPLE == 0:

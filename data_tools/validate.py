@@ -69,6 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Validate a data set and print what was found; returns the exit code."""
+    gate.check_max_force(arguments.max_force)
     report = validate(arguments.folder, max_force=arguments.max_force)
     for kind, lines in (("error", report.errors), ("warning", report.warnings)):
         for line in lines[:_MAX_LINES]:
@@ -100,9 +101,11 @@ def validate(folder: Path, *, max_force: float = DEFAULT_MAX_FORCE) -> Report:
     for shard in manifest.shards:
         _check_shard(folder, shard, report)
         for place, graph in _iter_conformers(folder, shard, report):
-            _check_conformer(graph, place, report, max_force)
+            is_sound = _check_conformer(graph, place, report, max_force)
             _check_split(graph, place, shard.split, manifest, bounds, report)
-            _gather(graph, place, shard.split, manifest, findings)
+            _count(graph, shard.split, findings)
+            if is_sound:
+                _gather(graph, place, shard.split, manifest, findings)
     report.num_conformers = sum(findings.groups.values())
     _compare_with_manifest(folder, manifest, findings, report)
     _look_for_outliers(findings, report)
@@ -149,12 +152,15 @@ def _check_with_webdataset(path: Path, shard: shards.ShardEntry, report: Report)
         report.error(str(path), f"hold the {len(expected)} blocks of the manifest", f"{len(found)} or other ones")
 
 
-def _check_conformer(graph: Graph, place: str, report: Report, max_force: float) -> None:
+def _check_conformer(graph: Graph, place: str, report: Report, max_force: float) -> bool:
+    """Note what is wrong with a conformer; returns whether nothing is, large forces aside."""
     where = f"{place} {gate.describe(graph)}"
     if (problem := gate.find_problem(graph, np.inf)) is not None:
         report.error(where, problem.rule, problem.got, "Make the data set anew without it")
-    elif graph.forces is not None and (largest := float(np.linalg.norm(graph.forces, axis=1).max())) > max_force:
+        return False
+    if graph.forces is not None and (largest := float(np.linalg.norm(graph.forces, axis=1).max())) > max_force:
         report.warnings.append(f"{where} has a force of {largest:.3g} eV/Å (more than {max_force:g})")
+    return True
 
 
 def _read_bounds(manifest: shards.Manifest, report: Report) -> list[int] | None:
@@ -162,6 +168,9 @@ def _read_bounds(manifest: shards.Manifest, report: Report) -> list[int] | None:
     recorded = manifest.splits.get("upper_bounds")
     if recorded is None:
         report.warnings.append("the manifest does not say how the split was made")
+        return None
+    if not isinstance(seed := manifest.splits.get("seed"), int):
+        report.error(shards.MANIFEST_NAME, "give the seed of the split", seed)
         return None
     try:
         return [int(recorded[name], 16) for name in shards.SPLITS]
@@ -177,10 +186,14 @@ def _check_split(
         report.error(f"{place} {gate.describe(graph)}", f"be in the split of its hash, {found}", split)
 
 
-def _gather(graph: Graph, place: str, split: str, manifest: shards.Manifest, findings: _Findings) -> None:
+def _count(graph: Graph, split: str, findings: _Findings) -> None:
     findings.groups[graph.group] += 1
     findings.splits[split] += 1
     findings.elements.setdefault(split, set()).update(graph.atomic_numbers.tolist())
+
+
+def _gather(graph: Graph, place: str, split: str, manifest: shards.Manifest, findings: _Findings) -> None:
+    """Keep what statistics need of a sound conformer."""
     if split == "train" and len(findings.sample) < _SAMPLE:
         findings.sample.append(graph)
     residual = compute_residual(graph, manifest)

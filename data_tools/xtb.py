@@ -17,6 +17,8 @@ ACCURACY: Final = 0.1
 """Of the SCF; 1.0 leaves 2e-4 eV/Å of noise in the forces, 0.1 less than 5e-5"""
 MAX_ITERATIONS: Final = 250
 MAX_ELEMENT: Final = 86
+LANTHANIDES: Final = range(58, 72)
+"""Ce to Lu have three valence electrons each in GFN2, so that the parity of all electrons tells nothing"""
 _GROUND_STATE_UNPAIRED: Final = (
     "10" "10123210" "10123210" "101236543210123210" "101256543010123210" "10" + 15 * "1" + "234543210123210"
 )  # fmt: skip
@@ -60,11 +62,11 @@ class Labeller:
             XtbError: The SCF did not converge, or tblite refuses the geometry.
         """
         from ase.data import atomic_masses
-        from tblite.exceptions import TBLiteRuntimeError
+        from tblite.exceptions import TBLiteRuntimeError, TBLiteValueError
 
         try:
             result = self._build(positions).singlepoint()
-        except TBLiteRuntimeError as error:
+        except (TBLiteRuntimeError, TBLiteValueError) as error:
             raise XtbError(str(error).strip()) from error
         masses = atomic_masses[self._numbers]
         center = masses @ positions / masses.sum()

@@ -45,11 +45,12 @@ pip_install() {
 
 install_project() {
   local extras="$1" torch_index="$2"
-  local -a index=()
-  [[ -z "$torch_index" ]] || index=(--index-url "$torch_index")
   echo "installing PyTorch (the first time this takes minutes) ..."
-  # First and alone: DeepSpeed's own build looks for it, and only PyTorch comes from another index.
-  pip_install "${index[@]}" torch || fail "PyTorch could not be installed; see pip's message above."
+  # Only PyTorch itself comes from another index, which need not have its dependencies in the versions that are pinned.
+  [[ -z "$torch_index" ]] || pip_install --no-deps --index-url "$torch_index" torch ||
+    fail "PyTorch could not be installed from $torch_index; see pip's message above."
+  # First and alone: DeepSpeed's own build looks for it. Where it is there already, only its dependencies are installed.
+  pip_install torch || fail "PyTorch could not be installed; see pip's message above."
   echo "installing so3krates-dist[$extras] ..."
   pip_install --editable "${SO3KRATES_ROOT}[$extras]" && return
   [[ "$extras" == generate ]] || fail "the project could not be installed; see pip's message above."
@@ -64,14 +65,19 @@ make_environment() {
   SO3KRATES_PYTHON="$venv/bin/python"
   key="$(hash_of_installation)"
   for stamp in "$venv/.so3krates-$extras" "$venv/.so3krates-generate,dev"; do
-    if [[ -z "$wanted" && -f "$stamp" && "$(<"$stamp")" == "$key" ]] && is_supported_python "$SO3KRATES_PYTHON"; then
+    if [[ -f "$stamp" && "$(<"$stamp")" == "$key" ]] && is_supported_python "$SO3KRATES_PYTHON"; then
+      check_same_python "$venv" "$wanted"
       return
     fi
   done
   if [[ -x "$SO3KRATES_PYTHON" ]]; then
     check_same_python "$venv" "$wanted"
+    python="$SO3KRATES_PYTHON"
   else
     python="$(find_python "$wanted")" || exit 1
+  fi
+  # On Debian without python3-venv an environment without pip is left behind: made again over it, with its own interpreter.
+  if [[ ! -x "$SO3KRATES_PYTHON" ]] || ! "$SO3KRATES_PYTHON" -m pip --version >/dev/null 2>&1; then
     echo "making the virtual environment $venv with $("$python" --version) ..."
     "$python" -m venv "$venv" || fail "no virtual environment could be made. On Debian: apt-get install python3-venv."
   fi

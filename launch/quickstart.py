@@ -19,7 +19,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from so3krates_dist.config import load_config
-from so3krates_dist.errors import ConfigError, So3kratesError
+from so3krates_dist.errors import EXIT_REQUEUE, ConfigError, So3kratesError
 from so3krates_dist.metrics import print_table
 
 OVERLAY = "run=quickstart"
@@ -30,7 +30,7 @@ STOP_SECONDS = 20.0
 
 
 class StoppedError(Exception):
-    """A signal asked this process to end."""
+    """A signal asked this process to end, or a stage stopped when it was asked to; its argument is the exit code."""
 
 
 class StageError(Exception):
@@ -38,7 +38,7 @@ class StageError(Exception):
 
 
 def _raise_stopped(number: int, _frame: FrameType | None) -> NoReturn:
-    raise StoppedError(number)
+    raise StoppedError(128 + number)
 
 
 def _group_is_alive(process: subprocess.Popen[bytes]) -> bool:
@@ -73,7 +73,7 @@ def run_stage(name: str, command: Sequence[str], environment: Mapping[str, str])
 
     Raises:
         StageError: It failed.
-        StoppedError: A signal came; the stage has been stopped.
+        StoppedError: A signal came, and the stage has been stopped; or it found a file STOP in the run folder.
     """
     print(f"== {name} ==\n$ {shlex.join(command)}", flush=True)
     start = time.monotonic()
@@ -82,6 +82,8 @@ def run_stage(name: str, command: Sequence[str], environment: Mapping[str, str])
         code = process.wait()
     finally:
         stop_group(process)
+    if code == EXIT_REQUEUE:
+        raise StoppedError(EXIT_REQUEUE)
     if code:
         raise StageError(f"{name} failed with exit code {code}; its message is above")
     return time.monotonic() - start
@@ -148,8 +150,15 @@ def _find_free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def build_commands(data: Path, run: Path, accelerators: Sequence[str]) -> dict[str, list[str]]:
-    """Return the command of each stage."""
+def build_commands(data: Path, run: Path, accelerators: Sequence[str], threads: int) -> dict[str, list[str]]:
+    """Return the command of each stage.
+
+    Args:
+        data: Data set folder.
+        run: Run folder.
+        accelerators: Options of `deepspeed` that name the GPUs or count the processes.
+        threads: CPU threads of each training process.
+    """
     so3krates = [sys.executable, "-m", "so3krates_dist.cli"]
     deepspeed = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "warning", *accelerators]
     script = str(Path(__file__).with_name("train.py"))
@@ -158,6 +167,7 @@ def build_commands(data: Path, run: Path, accelerators: Sequence[str]) -> dict[s
         "validate": [*so3krates, "validate", str(data)],
         "train": [
             *deepspeed, "--master_port", str(_find_free_port()), script, OVERLAY, f"data.folder={data}", f"run.folder={run}",
+            f"run.threads={threads}",
         ],
         "evaluate": [*so3krates, "evaluate", str(run)],
         "md": [*so3krates, "md", str(run), "--molecule", MOLECULE],
@@ -218,7 +228,7 @@ def run_stages(out: Path, asked_ranks: int | None) -> None:
 
     Raises:
         StageError: A stage failed.
-        StoppedError: A signal came.
+        StoppedError: A signal or a file STOP in the run folder came.
         ConfigError: The processes do not fit this machine.
     """
     data, run, progress = out / "data", out / "run", out / "quickstart.json"
@@ -231,13 +241,15 @@ def run_stages(out: Path, asked_ranks: int | None) -> None:
     out.mkdir(parents=True, exist_ok=True)
     accelerators = name_accelerators(ranks, gpus, os.environ.get("CUDA_VISIBLE_DEVICES", ""))
     seconds: dict[str, float] = _read_json(progress).get("seconds", {})
-    for name, command in build_commands(data, run, accelerators).items():
+    for name in STAGES:
         if name == "generate" and (data / "manifest.json").is_file():
             print(f"== {name} ==\n{data} is there already", flush=True)
             continue
         threads = str(choose_threads(name, ranks, cores))
         settings = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1"}
         settings |= {} if gpus else {"DS_ACCELERATOR": "cpu"}
+        # Built for each stage anew: a port that was free before `generate` may be taken minutes later.
+        command = build_commands(data, run, accelerators, choose_threads("train", ranks, cores))[name]
         taken = run_stage(name, command, os.environ | settings)
         seconds[name] = taken + (seconds.get(name, 0.0) if name == "train" else 0.0)  # a resumed run took both times
         _write_json(progress, {"seconds": seconds})
@@ -258,7 +270,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         run_stages(arguments.out.absolute(), arguments.ranks)
     except StoppedError as stopped:
         print("quickstart: stopped. The same command goes on from here.", file=sys.stderr)
-        return 128 + int(stopped.args[0])
+        return int(stopped.args[0])
     except StageError as error:
         print(f"quickstart: {error}", file=sys.stderr)
         return 1

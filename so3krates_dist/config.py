@@ -9,10 +9,9 @@ import dataclasses
 import difflib
 import itertools
 import math
-import os
 import re
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,8 +21,8 @@ from omegaconf import OmegaConf
 
 from so3krates_dist.errors import ConfigError
 
-GROUPS = ("model", "data", "run", "cluster")
-"""Folders of `configs/` that an overlay can come from, in the order in which they are merged."""
+GROUPS = ("run", "model", "data", "cluster")
+"""Folders of `configs/` of overlays in the order in which they are merged: a run is a whole, the others are parts of one."""
 
 
 def _check(condition: bool, key: str, rule: str, got: object, remedy: str = "Change the value") -> None:
@@ -74,7 +73,7 @@ class DataSection:
     folder: str = ""
     """data set made by `so3krates generate` or `convert`; required for training"""
     batch_size: int = 16
-    """conformers per optimizer step over all processes together; the count varies by one within an epoch that it does not divide"""
+    """conformers per optimizer step over all processes together, at most: an epoch is divided into equal steps, to within one"""
     lanes: int = 8
     """streams that the order of the data is made of; the number of processes must divide it, and never changes the order"""
     window_blocks: int = 512
@@ -98,7 +97,7 @@ class DataSection:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelSection:
-    """The Euclidean transformer (spec section 3) with the options of SO3LR's backbone (spec section 4)."""
+    """The Euclidean transformer (arXiv 2309.15126) with the options of SO3LR's backbone (10.1021/jacs.5c09558)."""
 
     name: Literal["euclidean_transformer"] = "euclidean_transformer"
     """which model of the family"""
@@ -346,6 +345,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         content = _load_yaml(path.read_text(encoding="utf-8")) or {}
     except OSError as error:
         raise ConfigError(str(path), "be a readable YAML file", error.strerror, "Give the path of one") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(str(path), "be a readable YAML file", "no UTF-8 text", "Repair the file") from error
     except yaml.YAMLError as error:
         raise ConfigError(str(path), "be a readable YAML file", type(error).__name__, "Repair the file") from error
     if not isinstance(content, dict):
@@ -497,8 +498,3 @@ def dump_config(config: RunConfig) -> str:
 def read_config(path: Path) -> RunConfig:
     """Read a configuration that `dump_config` wrote."""
     return parse_config(_read_yaml(path), str(path))
-
-
-def count_threads(config: RunConfig, local_world_size: int, cores: Callable[[], int | None] = os.cpu_count) -> int:
-    """Return the CPU threads that one process shall use: the cores of the machine divided by its processes."""
-    return config.run.threads or max(1, (cores() or 1) // local_world_size)

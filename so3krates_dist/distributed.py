@@ -1,6 +1,7 @@
 """Processes: who am I, seeds, small reductions; the only reader of RANK, WORLD_SIZE and SLURM_*.
 
-Understands the environments of the `deepspeed` launcher, torchrun and srun, and a single process with none of them.
+Understands the environments of the `deepspeed` launcher, torchrun and srun (with MASTER_ADDR and MASTER_PORT exported before),
+and a single process with none of them.
 """
 
 import ctypes
@@ -50,7 +51,7 @@ def read_rank(environment: Mapping[str, str] = os.environ) -> Rank:
     if "RANK" in environment:  # deepspeed, torchrun
         names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
         local_size = environment.get("LOCAL_SIZE") or environment.get("LOCAL_WORLD_SIZE") or "1"
-    elif int(environment.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in environment:  # srun
+    elif environment.get("SLURM_NTASKS", "1") != "1" and "SLURM_PROCID" in environment:  # srun
         names = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS")
         per_node = environment.get("SLURM_NTASKS_PER_NODE") or environment.get("SLURM_TASKS_PER_NODE", "1")
         local_size = re.split(r"[(,]", per_node)[0]  # like 8(x4),2
@@ -65,6 +66,9 @@ def read_rank(environment: Mapping[str, str] = os.environ) -> Rank:
         ) from error
     if not 0 <= rank < world_size:
         raise ConfigError("RANK", f"be less than WORLD_SIZE ({world_size})", rank, "Start through one launcher")
+    if world_size > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= environment.keys():
+        remedy = 'Under srun: export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1) MASTER_PORT=29500'
+        raise ConfigError("MASTER_ADDR, MASTER_PORT", "be set for several processes", "not set", remedy)
     return result
 
 
@@ -76,22 +80,40 @@ def choose_device(choice: str, rank: Rank) -> torch.device:
         rank: This process.
 
     Raises:
-        ConfigError: `cuda` was asked for and there is none.
+        ConfigError: `cuda` was asked for and there is none, or there are fewer GPUs than processes.
     """
     available = torch.cuda.is_available()
     if choice == "cuda" and not available:
         raise ConfigError("train.device", "be auto or cpu on this machine", "cuda", "No GPU was found here")
     if choice == "cpu" or not available:
         return torch.device("cpu")
+    count = torch.cuda.device_count()
+    if count > 1 and rank.local_rank >= count:
+        raise ConfigError(
+            "processes per machine", f"be at most its GPUs ({count})", rank.local_world_size, "Start fewer processes"
+        )
     # A launcher may show each process one GPU only; then its index is 0 whatever the local rank.
-    return torch.device("cuda", rank.local_rank % torch.cuda.device_count())
+    return torch.device("cuda", rank.local_rank if count > 1 else 0)
+
+
+def count_threads(asked: int, local_world_size: int, cores: int | None = None) -> int:
+    """Return the CPU threads that one process shall use.
+
+    Args:
+        asked: `run.threads`; 0: the cores that this process may run on, divided by the processes of the machine.
+        local_world_size: Processes of this run on this machine.
+        cores: Number of these cores; None looks it up.
+    """
+    if asked:
+        return asked
+    return max(1, (cores or len(os.sched_getaffinity(0))) // local_world_size)
 
 
 def tune_machine(threads: int, device: torch.device) -> None:
     """Set the CPU threads of this process, and keep glibc from giving memory back after every operation.
 
     Tensors of some 100 kB would otherwise be mapped and unmapped each time, at the price of page faults: a training step on
-    CPU takes about a seventh longer (tests/benchmarks/allocator.md).
+    CPU takes a quarter longer (tests/benchmarks/allocator.md).
 
     Args:
         threads: CPU threads of this process.
@@ -111,8 +133,9 @@ def start_processes(rank: Rank, device: torch.device) -> None:
     backend = "nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    # DeepSpeed looks these up itself; srun and a single process have not set them.
-    os.environ |= {"RANK": str(rank.rank), "LOCAL_RANK": str(rank.local_rank), "WORLD_SIZE": str(rank.world_size)}
+    # DeepSpeed looks these up itself; srun and a single process have not set them. It takes LOCAL_RANK as the GPU's index.
+    local = device.index if device.type == "cuda" else rank.local_rank
+    os.environ |= {"RANK": str(rank.rank), "LOCAL_RANK": str(local), "WORLD_SIZE": str(rank.world_size)}
     if rank.world_size == 1:
         dist.init_process_group(
             backend, store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1, timeout=timeout

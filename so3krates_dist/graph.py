@@ -132,11 +132,13 @@ class GraphBatch:
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "GraphBatch":
         """Return the batch on a device, its floating-point fields but `energy` in `dtype` (None keeps them)."""
         changes: dict[str, Any] = {}
+        # Copies to a GPU may overlap with computing; copies from one would be read before they have arrived.
+        overlap = torch.device(device).type == "cuda"
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if isinstance(value, torch.Tensor):
                 convert = dtype is not None and value.is_floating_point() and field.name != "energy"
-                changes[field.name] = value.to(device, dtype if convert else None, non_blocking=True)
+                changes[field.name] = value.to(device, dtype if convert else None, non_blocking=overlap)
         return dataclasses.replace(self, **changes)
 
     def pin_memory(self) -> "GraphBatch":

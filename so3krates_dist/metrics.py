@@ -150,7 +150,7 @@ def _find_stale(records: Sequence[Mapping[str, Any]], kind: str, step: int) -> i
 
 
 def is_logged_in(base_url: str, environment: Mapping[str, str] = os.environ) -> bool:
-    """Return whether there are W&B credentials: in the environment, or for the server in a netrc file.
+    """Return whether there are W&B credentials: in the environment, or for this very server in a netrc file.
 
     Args:
         base_url: Of the W&B server.
@@ -161,13 +161,13 @@ def is_logged_in(base_url: str, environment: Mapping[str, str] = os.environ) -> 
 
     if environment.get("WANDB_API_KEY") or environment.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
-    hosts = {urlsplit(base_url).netloc, "api.wandb.ai"}
+    host = urlsplit(base_url).netloc
     for path in (environment.get("NETRC"), "~/.netrc", "~/_netrc"):
         try:
             known = netrc.netrc(Path(path).expanduser()).hosts if path else {}
         except (OSError, netrc.NetrcParseError):
             continue
-        if hosts & set(known):
+        if host in known:
             return True
     return False
 

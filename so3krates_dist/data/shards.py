@@ -29,6 +29,8 @@ SCHEMA: Final = 1
 MANIFEST_NAME: Final = "manifest.json"
 SPLITS: Final = ("train", "validation", "test")
 MEMBER_SUFFIX: Final = "safetensors"
+MAX_OPEN_SHARDS: Final = 128
+"""files that a reader keeps open at a time; processes are commonly allowed 1024"""
 _TAR_RECORD: Final = 512
 
 _COLUMNS: Final[dict[str, tuple[bool, str, tuple[int, ...]]]] = {
@@ -345,6 +347,8 @@ class BlockReader:
         """
         where = f"{self._folder / shard.file}:{block.key}"
         if shard.file not in self._descriptors:
+            if len(self._descriptors) >= MAX_OPEN_SHARDS:
+                self.close()
             try:
                 self._descriptors[shard.file] = os.open(self._folder / shard.file, os.O_RDONLY)
             except OSError as error:

@@ -8,6 +8,7 @@ import functools
 import signal
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -109,10 +110,21 @@ def build_loader(
     Raises:
         DataError: A block is damaged; the same error, whichever process found it.
     """
+    # Forking a process that has started CUDA is not safe; a fork server has not.
+    context = "forkserver" if device.type == "cuda" else None
+    options: dict[str, Any] = {
+        "multiprocessing_context": context,
+        "worker_init_fn": _start_worker,
+        "prefetch_factor": 2,
+    }
     loader = DataLoader(
-        _Carrier(stream), batch_size=None, sampler=steps, num_workers=num_workers, pin_memory=device.type == "cuda",
-        worker_init_fn=_start_worker if num_workers else None, prefetch_factor=2 if num_workers else None,
-    )  # fmt: skip
+        _Carrier(stream),
+        batch_size=None,
+        sampler=steps,
+        num_workers=num_workers,
+        pin_memory=device.type == "cuda",
+        **(options if num_workers else {}),
+    )
     for item in loader:
         if isinstance(item, So3kratesError):
             raise item

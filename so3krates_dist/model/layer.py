@@ -14,7 +14,7 @@ from torch.nn.functional import silu
 from so3krates_dist.model.spherical import DegreeMaps
 
 LAYER_NORM_EPSILON: Final = 1e-6
-"""the papers' value; torch's default 1e-5 moves forces of SO3LR by up to 1.1 meV/Å (spec section 9, trap 5)"""
+"""the papers' value; torch's default 1e-5 moves forces of the published SO3LR by up to 1.1 meV/Å"""
 
 _TRUNCATED_STD: Final = 0.87962566103423978
 """standard deviation of a normal distribution cut at two standard deviations"""
@@ -82,7 +82,7 @@ RESIDUAL_MLPS: Final[dict[str, tuple[Callable[[int], nn.Module], Callable[[int],
 class Exchange(nn.Module):
     """Lets invariant features and Euclidean variables of one atom see each other.
 
-    [a, b] = W [x, I(chi)] + c; x <- x + a; chi_l <- chi_l + b_l chi_l (Euclidean transformer; spec section 3).
+    [a, b] = W [x, I(chi)] + c; x <- x + a; chi_l <- chi_l + b_l chi_l (arXiv 2309.15126).
 
     Args:
         num_features: F.

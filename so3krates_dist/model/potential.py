@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from so3krates_dist.errors import DataError
+from so3krates_dist.errors import ConfigError, DataError
 from so3krates_dist.graph import ELEMENT_SYMBOLS, MAX_ATOMIC_NUMBER, GraphBatch
 
 
@@ -26,7 +26,7 @@ class ModelStatistics:
     energy_baselines: Mapping[int, float]
     """eV, energy that is subtracted for each atom of an element"""
     energy_scale: float
-    """eV, the force RMS times 1 Å; the network's output is in this unit"""
+    """eV, the force RMS times 1 Å (without forces the spread of energies per atom); the network's output is in this unit"""
     mean_neighbors: float
     """mean number of neighbours within the cutoff"""
 
@@ -37,13 +37,21 @@ class ModelStatistics:
         Args:
             statistics: `Manifest.statistics`; keys are documented in data/statistics.py.
             cutoff: Å, of the model.
+
+        Raises:
+            ConfigError: The cutoff lies outside the distances up to which neighbours were counted.
         """
         counts = sorted((float(k), float(v)) for k, v in statistics["mean_neighbors"].items())
+        if not counts[0][0] <= cutoff <= counts[-1][0]:
+            rule = f"be from {counts[0][0]:g} to {counts[-1][0]:g} Å, where the data's neighbours are counted"
+            raise ConfigError("model.cutoff", rule, cutoff, "Change the value")
         neighbors = float(np.interp(cutoff, [c for c, _ in counts], [n for _, n in counts]))
+        # Data without forces have no force RMS; their energies per atom vary on a similar scale.
+        scale = statistics["force_rms"] or statistics["energy_residual_std_per_atom"] or 1.0
         return cls(
             elements=tuple(statistics["elements"]),
             energy_baselines={int(z): float(e) for z, e in statistics["energy_baselines"].items()},
-            energy_scale=float(statistics["force_rms"]) or 1.0,
+            energy_scale=float(scale),
             mean_neighbors=max(neighbors, 1.0),
         )
 

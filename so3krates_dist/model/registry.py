@@ -4,6 +4,7 @@ A stored model is a folder with `model.safetensors` (weights; no pickle) and `co
 provenance). Refuses formats newer than it understands and weights that do not fit the configuration.
 """
 
+import dataclasses
 import json
 import os
 import textwrap
@@ -115,6 +116,9 @@ def load_model(
     """
     folder = Path(path)
     section, statistics, _ = read_model_config(folder)
+    section = dataclasses.replace(
+        section, precision="float32"
+    )  # bf16 is for training; its rounding is no smooth energy
     with torch.random.fork_rng(devices=()):  # initial weights, overwritten below, must not move the caller's seed
         potential = build_model(section, statistics)
     try:

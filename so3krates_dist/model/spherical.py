@@ -99,6 +99,6 @@ class DegreeMaps(nn.Module):
     def compute_invariants(self, ev_features: torch.Tensor) -> torch.Tensor:
         """Contract (..., ev_dim) to (..., num_degrees): (2l+1)^(-1/2) times the sum of squares of each degree.
 
-        A polynomial, unlike a norm, so all derivatives exist where the variable vanishes (spec section 1, "Invariants").
+        A polynomial, unlike a norm, so all derivatives exist where the variable vanishes.
         """
         return (ev_features * ev_features) @ self.contraction.to(ev_features.dtype)

@@ -9,6 +9,7 @@ Rank 0 decides and tells the others.
 """
 
 import dataclasses
+import errno
 import fcntl
 import hashlib
 import json
@@ -49,8 +50,8 @@ class TrainingState:
 
     step: int
     """optimizer steps done; also the position in the data"""
-    best_forces_mae: float
-    """eV/Å, of the best evaluation so far; infinity before the first"""
+    best_score: float
+    """of the best evaluation so far, lower is better: the force MAE in eV/Å; infinity before the first"""
     tensors: dict[str, torch.Tensor]
     """of `TrainingEngine.gather_state`, plus `mean.<name>` of the exponential mean"""
 
@@ -116,15 +117,18 @@ class RunFolder:
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             self.close()
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise self._refuse("be on a file system with locks", str(error.strerror)) from error
             raise CheckpointError(
                 f"run.folder {self.path}", "be used by one run at a time", "another running process",
                 "Wait for it to end, or set run.folder to another folder",
             ) from error  # fmt: skip
 
     def sign(self, data_fingerprint: str, package_version: str) -> None:
-        """Write down whose folder this is, where that is not written yet; rank 0 alone."""
+        """Write down whose folder this is, and the configuration as it is now; rank 0 alone, after `check`."""
+        data = dataclasses.replace(self._config.data, folder=str(Path(self._config.data.folder).absolute()))
+        write_text(self.path / CONFIG_NAME, dump_config(dataclasses.replace(self._config, data=data)))
         if not (self.path / IDENTITY_NAME).is_file():
-            write_text(self.path / CONFIG_NAME, dump_config(self._config))
             identity = {"data_fingerprint": data_fingerprint, "package_version": package_version}
             write_text(self.path / IDENTITY_NAME, json.dumps(identity, indent=1) + "\n")
 
@@ -178,8 +182,8 @@ def save_checkpoint(folder: Path, state: TrainingState, *, keep: int) -> Path:
         temporary.mkdir(parents=True)
         save_file(state.tensors, temporary / "state.safetensors")
         files = {p.name: {"size": p.stat().st_size, "sha256": _hash_and_sync(p)} for p in sorted(temporary.iterdir())}
-        best = state.best_forces_mae if state.best_forces_mae < float("inf") else None
-        content: dict[str, Any] = {"format": FORMAT, "step": state.step, "best_forces_mae": best, "files": files}
+        best = state.best_score if state.best_score < float("inf") else None
+        content: dict[str, Any] = {"format": FORMAT, "step": state.step, "best_score": best, "files": files}
         content["checksum"] = _compute_checksum(content)
         write_text(temporary / MANIFEST_NAME, json.dumps(content, indent=1) + "\n")
         _sync_folder(temporary)
@@ -279,9 +283,9 @@ def _verify(checkpoint: Path) -> str | None:
 def load_checkpoint(checkpoint: Path) -> TrainingState:
     """Read a checkpoint that `find_checkpoint` has verified."""
     content = json.loads((checkpoint / MANIFEST_NAME).read_text(encoding="utf-8"))
-    best = content["best_forces_mae"]
+    best = content["best_score"]
     return TrainingState(
         step=int(content["step"]),
-        best_forces_mae=float("inf") if best is None else float(best),
+        best_score=float("inf") if best is None else float(best),
         tensors=load_file(checkpoint / "state.safetensors"),
     )

@@ -183,10 +183,13 @@ def advise_launch(num_gpus: int, cores: int, *, has_srun: bool) -> list[str]:
     if ranks > 1:
         command = f"deepspeed --num_accelerators {ranks} launch/train.py run=quickstart data.folder=DIR"
         if not num_gpus:
-            command = f"OMP_NUM_THREADS={max(1, cores // ranks)} DS_ACCELERATOR=cpu {command}"
+            command = f"DS_ACCELERATOR=cpu {command} run.threads={max(1, cores // ranks)}"
     lines = [f"{where}: {command}"]
     if has_srun:
-        lines.append("on a Slurm cluster, in a job: srun python launch/train.py run=quickstart data.folder=DIR")
+        address = 'MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1) MASTER_PORT=29500'
+        lines.append(
+            f"on a Slurm cluster, in a job: export {address}; srun python launch/train.py run=quickstart data.folder=DIR"
+        )
     return lines
 
 

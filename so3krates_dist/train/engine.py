@@ -39,17 +39,28 @@ class StepResult:
     """False where the gradient was not finite and the weights were left alone"""
 
 
-def build_deepspeed_config(section: TrainSection) -> dict[str, Any]:
+def build_deepspeed_config(section: TrainSection, num_weights: int) -> dict[str, Any]:
     """Return DeepSpeed's configuration for a run.
 
     The batch size that DeepSpeed asks for is a formality: it does not load data here, and the loss carries its own
     normalisation (losses.py).
+
+    Args:
+        section: Of the configuration.
+        num_weights: Of the model. Buckets of that size hold all gradients; DeepSpeed's own default allocates 2 GB in every
+            backward pass, whatever the model.
     """
+    bucket = max(num_weights + num_weights % 2, 2)  # DeepSpeed wants an even number
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": section.micro_batches,
         "gradient_clipping": section.gradient_clipping,
-        "zero_optimization": {"stage": section.zero_stage, "overlap_comm": False},
+        "zero_optimization": {
+            "stage": section.zero_stage,
+            "overlap_comm": False,
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": bucket,
+        },
         "steps_per_print": 2**31,
         "wall_clock_breakdown": False,
     }
@@ -91,7 +102,7 @@ class TrainingEngine:
         self._engine, *_ = self._deepspeed.initialize(
             model=potential,
             optimizer=build_optimizer(potential, section),
-            config=build_deepspeed_config(section),
+            config=build_deepspeed_config(section, sum(p.numel() for p in potential.parameters())),
             dist_init_required=False,
         )
         self.potential = potential

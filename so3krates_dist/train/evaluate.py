@@ -30,7 +30,7 @@ from so3krates_dist.train import pictures
 OTHER: Final = "(other)"
 """Row for conformers of a group that was not named"""
 MAX_TABLE_ROWS: Final = 30
-MIN_BATCH_SIZE: Final = 32
+EVALUATION_BATCH_SIZE: Final = 32
 _LABELS: Final = ("energy", "forces", "stress")
 
 
@@ -310,7 +310,7 @@ def evaluate_run(
     _check_split(manifest, split, dataset)
     potential = load_model(folder, device=device)
     _check_dataset_elements(dataset, manifest, split, potential)
-    batches = iter_batches(dataset, split, batch_size=MIN_BATCH_SIZE, cutoff=potential.cutoff)
+    batches = iter_batches(dataset, split, batch_size=EVALUATION_BATCH_SIZE, cutoff=potential.cutoff)
     evaluation = evaluate(
         potential,
         batches,

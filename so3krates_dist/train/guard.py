@@ -43,12 +43,13 @@ class StopRequest:
 
     Args:
         folder: Run folder, where the stop file is looked for.
+        look_for_file: Whether this process looks; one is enough, and spares a shared file system.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
-    def __init__(self, folder: Path) -> None:
-        self._file = folder / STOP_NAME
+    def __init__(self, folder: Path, look_for_file: bool = True) -> None:
+        self._file = folder / STOP_NAME if look_for_file else None
         self._received = False
         self._previous = {number: signal.signal(number, self._receive) for number in self.SIGNALS}
 
@@ -57,10 +58,11 @@ class StopRequest:
 
     def is_pending(self) -> bool:
         """Whether this process has been asked to stop."""
-        return self._received or self._file.exists()
+        return self._received or (self._file is not None and self._file.exists())
 
     def close(self) -> None:
         """Put the previous handlers back and remove the stop file, which has been obeyed."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
-        self._file.unlink(missing_ok=True)
+        if self._file is not None:
+            self._file.unlink(missing_ok=True)

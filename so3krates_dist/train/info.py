@@ -150,8 +150,7 @@ def describe_run(folder: Path) -> list[tuple[str, object]]:
         ("checkpoints", ", ".join(checkpoints) or "none"),
         ("model", "model.safetensors" if (folder / "model.safetensors").is_file() else "none yet"),
     ]
-    for name in ("run.json", "status.json"):
-        rows += [(f"{name}: {key}", value) for key, value in _read_json(folder / name).items()]
+    rows += [(f"run.json: {key}", value) for key, value in _read_json(folder / "run.json").items()]
     records = read_metrics(folder / "metrics.jsonl") if (folder / "metrics.jsonl").is_file() else []
     last = {str(record["kind"]): record for record in records}
     rows += [(f"{kind} at step {r['step']}", _format_figures(r)) for kind, r in last.items() if kind != "event"]

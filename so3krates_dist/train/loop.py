@@ -1,19 +1,21 @@
 """A run from the first check to the last checkpoint. Read `Training.run`: it is the story; everything else is one hop away."""
 
 import contextlib
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
 from so3krates_dist import __version__
-from so3krates_dist.config import RunConfig, count_threads
+from so3krates_dist.config import RunConfig
 from so3krates_dist.data.shards import Manifest, check_dataset
-from so3krates_dist.data.stream import TrainingStream, build_loader, iter_batches
+from so3krates_dist.data.stream import TrainingStream, build_loader, iter_batches, iter_graphs
 from so3krates_dist.distributed import (
     Rank,
     broadcast_text,
     choose_device,
+    count_threads,
     read_rank,
     reduce_sum,
     seed_everything,
@@ -23,14 +25,14 @@ from so3krates_dist.distributed import (
     tune_machine,
     wait_for_all,
 )
-from so3krates_dist.errors import EXIT_DONE, EXIT_REQUEUE, ConfigError
+from so3krates_dist.errors import EXIT_DONE, EXIT_REQUEUE, ConfigError, DataError, So3kratesError
 from so3krates_dist.graph import GraphBatch
 from so3krates_dist.metrics import MetricsLogger
-from so3krates_dist.model.potential import ModelStatistics
+from so3krates_dist.model.potential import ModelStatistics, check_elements
 from so3krates_dist.model.registry import build_model, save_model
 from so3krates_dist.train.checkpoint import RunFolder, TrainingState, find_checkpoint, load_checkpoint, save_checkpoint
 from so3krates_dist.train.engine import TrainingEngine
-from so3krates_dist.train.evaluate import evaluate
+from so3krates_dist.train.evaluate import EVALUATION_BATCH_SIZE, evaluate
 from so3krates_dist.train.guard import FiniteGuard, StopRequest
 from so3krates_dist.train.losses import LABELS, compute_loss, count_labels
 from so3krates_dist.train.optim import WeightMean, compute_learning_rate
@@ -52,31 +54,47 @@ def run_training(config: RunConfig) -> int:
     rank = read_rank()
     config.check_world_size(rank.world_size)
     device = choose_device(config.train.device, rank)
-    manifest = _check_data(config)
+    manifest = _check_data(config, hashes=config.data.verify == "sha256" and rank.is_main)
     folder = RunFolder(config)
-    folder.check(manifest.fingerprint)
     if rank.is_main:
         folder.acquire()
-    tune_machine(count_threads(config, rank.local_world_size), device)
+    folder.check(manifest.fingerprint)
+    checkpoint, complaints = find_checkpoint(folder.path / "checkpoints") if rank.is_main else (None, [])
+    tune_machine(count_threads(config.run.threads, rank.local_world_size), device)
     start_processes(rank, device)
-    exit_code = Training(config, rank, device, manifest, folder).run()
+    training = Training(config, rank, device, manifest, folder)
+    exit_code = training.run(broadcast_text(str(checkpoint or ""), device), complaints)
     stop_processes()  # not after an error: the other processes may be waiting in a collective
     folder.close()
     return exit_code
 
 
-def _check_data(config: RunConfig) -> Manifest:
-    """Check that there is something to train on, and that it has the labels that the loss needs."""
+def _check_data(config: RunConfig, hashes: bool) -> Manifest:
+    """Check that there is something to train on, with the labels that the loss needs, and nothing else to validate on."""
     if not config.data.folder:
         raise ConfigError(
             "data.folder", "name a data set", "nothing", "Set data.folder=FOLDER, see `so3krates generate`"
         )
-    manifest = check_dataset(Path(config.data.folder), hashes=config.data.verify == "sha256")
+    folder = Path(config.data.folder)
+    manifest = check_dataset(folder, hashes=hashes)
     for label in LABELS:
         if getattr(config.train, f"{label}_weight") and label not in manifest.labels:
             have = f"a data set with {', '.join(manifest.labels)} only"
             raise ConfigError(f"train.{label}_weight", f"be 0 without {label} labels", have, "Set it to 0")
+    if manifest.num_conformers("validation"):
+        held_out = {int(z) for g in iter_graphs(folder, manifest, "validation") for z in g.atomic_numbers}
+        check_elements(held_out, manifest.statistics["elements"], f"{folder} validation split")
     return manifest
+
+
+def take_batches(
+    loader: Iterator[list[GraphBatch]],
+) -> tuple[list[GraphBatch], So3kratesError | None]:
+    """Return the next micro-batches, or what went wrong, for all processes to hear of."""
+    try:
+        return next(loader), None
+    except So3kratesError as error:
+        return [], error
 
 
 class Training:
@@ -104,15 +122,21 @@ class Training:
         self.engine = TrainingEngine(potential, config.train, device)
         self.stream = TrainingStream(Path(config.data.folder), manifest, config, rank.rank, rank.world_size)
         self.metrics = MetricsLogger(self.path, config, is_main=rank.is_main)
-        self.best_forces_mae = float("inf")
+        self.best_score = float("inf")
 
-    def run(self) -> int:
-        """Train to the end of the run, or to the request to stop."""
+    def run(self, checkpoint: str, complaints: Sequence[str]) -> int:
+        """Train to the end of the run, or to the request to stop.
+
+        Args:
+            checkpoint: To go on from, the same on all processes; empty: from the start.
+            complaints: About newer checkpoints that are damaged.
+        """
         section = self.config.train
-        step = self.resume()
+        step = self.resume(checkpoint)
         last = min(section.num_steps, section.stop_at or section.num_steps)
-        self.announce(step)
-        stop, guard, window = StopRequest(self.path), FiniteGuard(section.max_skipped_steps), StepWindow()
+        self.announce(step, complaints)
+        stop = StopRequest(self.path, look_for_file=self.rank.is_main)
+        guard, window = FiniteGuard(section.max_skipped_steps), StepWindow()
         loader = build_loader(
             self.stream, range(step, last), num_workers=self.config.data.num_workers, device=self.device
         )
@@ -121,14 +145,13 @@ class Training:
         with contextlib.closing(loader):
             while step < last and not stopping:
                 with window.waiting():
-                    micro_batches = next(loader)
-                seed_step(self.config.run.seed, step, self.rank)
-                facts = self.train_step(step, micro_batches, stop.is_pending())
-                stopping = facts.pop("stop") > 0
+                    micro_batches, failure = take_batches(loader)
+                counts, stopping = self.agree(micro_batches, failure, stop.is_pending())
+                facts = self.train_step(step, micro_batches, counts)
                 guard.record(step, facts["applied"] > 0)
                 window.add(facts)
                 step += 1
-                if step % section.log_every == 0 or step == last:
+                if step % section.log_every == 0 or step == last or stopping:
                     epoch = step / self.stream.plan.steps_per_epoch
                     self.metrics.log("train", step, window.summarize(epoch=epoch))
                 if step % section.validate_every == 0 or step == section.num_steps:
@@ -137,31 +160,32 @@ class Training:
                 if step % section.save_every == 0 or step == last or stopping:
                     with window.pausing():
                         self.save(step)
-        stop.close()
         done = step >= section.num_steps
         self.metrics.message(f"{'Done' if done else 'Stopped'} after {step} steps; run folder {self.path}")
         self.metrics.close()
+        wait_for_all()  # a launcher ends the others as soon as one process has left with exit code 85
+        stop.close()
         return EXIT_REQUEUE if stopping and not done else EXIT_DONE
 
-    def resume(self) -> int:
-        """Go back to the newest checkpoint that is whole; return the steps it has done."""
-        chosen = ""
-        if self.rank.is_main:
-            checkpoint, complaints = find_checkpoint(self.path / "checkpoints")
-            for complaint in complaints:
-                self.metrics.message(complaint)
-            chosen = str(checkpoint or "")
-        chosen = broadcast_text(chosen, self.device)
-        if not chosen:
+    def resume(self, checkpoint: str) -> int:
+        """Go back to a checkpoint; return the steps it has done."""
+        if not checkpoint:
             return 0
-        state = load_checkpoint(Path(chosen))
+        state = load_checkpoint(Path(checkpoint))
         self.engine.load_state(state.tensors)
         self.mean.load_state(state.tensors)
-        self.best_forces_mae = state.best_forces_mae
+        self.best_score = state.best_score
         return state.step
 
-    def announce(self, step: int) -> None:
-        """Say what is going to happen."""
+    def announce(self, step: int, complaints: Sequence[str]) -> None:
+        """Say what is going to happen, and what the user should know before."""
+        for complaint in complaints:
+            self.metrics.message(complaint)
+        charges = self.manifest.statistics["total_charges"]
+        if set(charges) - {"0"}:
+            self.metrics.message(
+                f"note: the data hold total charges {', '.join(charges)} e, which this model does not see"
+            )
         weights = sum(p.numel() for p in self.engine.potential.parameters())
         counts = " / ".join(f"{self.manifest.num_conformers(s):,} {s}" for s in ("train", "validation", "test"))
         self.metrics.message(
@@ -171,12 +195,37 @@ class Training:
         if step:
             self.metrics.message(f"Resumed at step {step} of {self.config.train.num_steps}")
 
-    def train_step(self, step: int, micro_batches: Sequence[GraphBatch], stop_pending: bool) -> dict[str, float]:
-        """Do one optimizer step; return its figures, the same on all processes."""
+    def agree(
+        self, micro_batches: Sequence[GraphBatch], failure: So3kratesError | None, stop_pending: bool
+    ) -> tuple[list[float], bool]:
+        """Tell the other processes what this one has, once a step.
+
+        Returns:
+            Labels of each kind and conformers in the whole step; and whether any process was asked to stop.
+
+        Raises:
+            So3kratesError: A process could not read its data; all raise, that one with its own message.
+        """
+        label_counts = [sum(count_labels(b)[i] for b in micro_batches) for i in range(len(LABELS))]
+        conformers = sum(b.num_graphs for b in micro_batches)
+        flags = [float(stop_pending), float(failure is not None)]
+        *counts, stop, failed = reduce_sum([*label_counts, conformers, *flags], self.device)
+        if failure is not None:
+            raise failure
+        if failed:
+            raise DataError("data of another process", "be readable", "an error", "Its own message says what to do")
+        return counts, stop > 0
+
+    def train_step(self, step: int, micro_batches: Sequence[GraphBatch], counts: Sequence[float]) -> dict[str, float]:
+        """Do one optimizer step; return its figures, the same on all processes.
+
+        Args:
+            step: Steps done before.
+            micro_batches: This process's portions.
+            counts: What `agree` found in the whole step.
+        """
         section = self.config.train
-        label_counts = [sum(c) for c in zip(*(count_labels(b) for b in micro_batches), strict=True)]
-        num_conformers = sum(b.num_graphs for b in micro_batches)
-        *counts, conformers = reduce_sum([*label_counts, num_conformers], self.device)
+        seed_step(self.config.run.seed, step, self.rank)
         learning_rate = compute_learning_rate(step, section)
         losses, sums = [], torch.zeros(2, dtype=torch.float64, device=self.device)
         for micro_batch in micro_batches:
@@ -189,9 +238,7 @@ class Training:
             sums += errors
         if result.applied:
             self.mean.update(self.engine.potential.parameters(), step)
-        total, energy, forces, stop = reduce_sum(
-            [float(torch.stack(losses).sum()), *sums.tolist(), float(stop_pending)], self.device
-        )
+        total, energy, forces = reduce_sum([float(torch.stack(losses).sum()), *sums.tolist()], self.device)
         return {
             "loss": total,
             "energy_mae_per_atom": energy / max(counts[0], 1.0),
@@ -199,16 +246,15 @@ class Training:
             "learning_rate": learning_rate,
             "gradient_norm": result.gradient_norm,
             "applied": float(result.applied),
-            "conformers": conformers,
-            "stop": stop,
+            "conformers": counts[-1],
         }
 
     def validate(self, step: int) -> None:
         """Evaluate the mean weights on held-out conformers; keep them where they are the best so far."""
-        forces_mae = -float(step)  # without validation conformers the latest weights count as the best
+        score = -float(step)  # without validation conformers the latest weights count as the best
         if self.manifest.num_conformers("validation"):
             batches = iter_batches(
-                Path(self.config.data.folder), "validation", batch_size=32, cutoff=self.config.model.cutoff,
+                Path(self.config.data.folder), "validation", batch_size=EVALUATION_BATCH_SIZE, cutoff=self.config.model.cutoff,
                 rank=self.rank.rank, world_size=self.rank.world_size, limit=self.config.data.max_validation,
             )  # fmt: skip
             with_stress = self.config.train.stress_weight > 0
@@ -216,16 +262,18 @@ class Training:
             summary = evaluation.summary()
             self.metrics.log("validation", step, summary)
             forces_mae = summary["forces_mae"]
-        if forces_mae < self.best_forces_mae:
-            self.best_forces_mae = forces_mae
+            if math.isnan(forces_mae):  # data without forces
+                forces_mae = summary["energy_mae_per_atom"]
+        if score < self.best_score:
+            self.best_score = score
             if self.rank.is_main:
                 self.save_model(self.path, step)
 
     def save(self, step: int) -> None:
-        """Commit a checkpoint of the whole state; at the end of the run, the last weights as a model too."""
+        """Commit a checkpoint of the whole state, and the latest mean weights as a model."""
         tensors = self.engine.gather_state() | self.mean.get_state()
         if self.rank.is_main:
-            state = TrainingState(step=step, best_forces_mae=self.best_forces_mae, tensors=tensors)
+            state = TrainingState(step=step, best_score=self.best_score, tensors=tensors)
             save_checkpoint(self.path / "checkpoints", state, keep=self.config.train.keep_checkpoints)
             self.save_model(self.path / "last", step)
         wait_for_all()

@@ -4,6 +4,8 @@ The mean is exact when processes hold different numbers of atoms: every process 
 that all processes have together, and the sums add up to the loss.
 """
 
+from collections.abc import Sequence
+
 import torch
 
 from so3krates_dist.config import TrainSection
@@ -21,7 +23,7 @@ def count_labels(batch: GraphBatch) -> list[float]:
 def compute_loss(
     outputs: dict[str, torch.Tensor],
     batch: GraphBatch,
-    global_counts: list[float],
+    global_counts: Sequence[float],
     section: TrainSection,
     energy_scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -38,7 +40,9 @@ def compute_loss(
         The share: the loss of the global batch is the sum of all of them. And (2,) sums of the absolute errors of energies
         per atom in eV and of force components in eV/Å, detached.
     """
-    loss = outputs["forces"].sum() * 0.0  # an empty batch still takes part in the backward pass
+    # An empty batch still takes part in the backward pass; through forces only where they are trained, a second derivative.
+    anchor = outputs["forces"] if section.forces_weight else outputs["energy"]
+    loss = (anchor.sum() * 0.0).to(outputs["forces"].dtype)
     sums = torch.zeros(2, dtype=torch.float64, device=loss.device)
     if batch.energy is not None and section.energy_weight:
         errors = _compare(outputs["energy"], batch.energy, batch.num_atoms).to(loss.dtype)

@@ -22,7 +22,7 @@ EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate
 def make_state(step: int, value: float | None = None) -> TrainingState:
     """Return a state whose tensors tell which step they are of."""
     tensors = {f"weight.{i}": torch.full((100 + i,), float(step if value is None else value)) for i in range(5)}
-    return TrainingState(step=step, best_forces_mae=0.5 * step, tensors=tensors)
+    return TrainingState(step=step, best_score=0.5 * step, tensors=tensors)
 
 
 class Killer:

@@ -18,7 +18,7 @@ from so3krates_dist.model.potential import ModelStatistics, Potential
 REFERENCE = os.environ.get("SO3KRATES_REFERENCE_DIR")
 STATISTICS = ModelStatistics(elements=(1, 6, 7, 8), energy_baselines={}, energy_scale=1.0, mean_neighbors=1.0)
 
-# The fixture's sizes: spec/so3krates.md section 10.
+# The fixture's sizes.
 SECTIONS = {
     "base": ModelSection(
         num_features=24, num_layers=2, num_heads=4, degrees=(1, 2, 3), num_radial_basis=16, cutoff=3.5,
@@ -104,7 +104,7 @@ def test_equals_the_authors_code(tag: str) -> None:
 
 @pytest.mark.parametrize(("num_layers", "num_parameters"), [(2, 223_105), (3, 319_213), (6, 607_537)])
 def test_parameter_counts_equal_the_authors(num_layers: int, num_parameters: int) -> None:
-    """Counts of the authors' code at its default sizes, spec section 3."""
+    """Counts of the authors' code at its default sizes."""
     section = ModelSection(
         num_features=132, num_layers=num_layers, num_heads=4, degrees=(1, 2, 3), num_radial_basis=32,
         normalization="none", residual_mlp="none", message_scale="sqrt_features",

@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import inspect
 import math
+import os
 import typing
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 
 from so3krates_dist import config
 from so3krates_dist.config import RunConfig, dump_config, load_config, parse_config, read_config, to_plain
+from so3krates_dist.distributed import count_threads
 from so3krates_dist.errors import EXIT_CONFIG, ConfigError
 from so3krates_dist.model import layer, radial, registry
 
@@ -97,7 +99,7 @@ WRONG = [
     # values at odds with each other
     ("train.micro_batches=3", "train.micro_batches must divide data.lanes (8); got 3."),
     ("train.warmup_steps=10000", "train.warmup_steps must be less than train.num_steps (10000); got 10000."),
-    ("train.final_learning_rate=1", "train.final_learning_rate must be at most train.learning_rate (0.001); got 1.0."),
+    ("train.final_learning_rate=1", "train.final_learning_rate must be at most train.learning_rate (0.002); got 1.0."),
     (
         "train.energy_weight=0 train.forces_weight=0",
         "train.forces_weight must be greater than zero where the other weights are zero; got 0.0.",
@@ -203,8 +205,8 @@ def test_processes_must_divide_the_lanes():
 
 def test_merge_order_is_schema_base_overlays_command_line(own_configs):
     (own_configs / "base.yaml").write_text("train: {num_steps: 1001, log_every: 1001, save_every: 1001}\n")
-    (own_configs / "model/m.yaml").write_text("train: {log_every: 1002, save_every: 1002, validate_every: 1002}\n")
-    (own_configs / "run/r.yaml").write_text("train: {save_every: 1003, validate_every: 1003}\n")
+    (own_configs / "run/r.yaml").write_text("train: {log_every: 1002, save_every: 1002, validate_every: 1002}\n")
+    (own_configs / "model/m.yaml").write_text("train: {save_every: 1003, validate_every: 1003}\n")
     # The groups have an order of their own; where the overlay stands on the command line does not matter.
     for arguments in (["run=r", "model=m"], ["model=m", "run=r"]):
         train = load_config([*arguments, "train.validate_every=1004"]).train
@@ -327,10 +329,10 @@ def test_run_folder():
 
 
 def test_threads_share_the_cores():
-    assert config.count_threads(load_config([]), 2, lambda: 8) == 4
-    assert config.count_threads(load_config([]), 16, lambda: 8) == 1
-    assert config.count_threads(load_config([]), 1, lambda: None) == 1
-    assert config.count_threads(load_config(["run.threads=3"]), 2, lambda: 8) == 3
+    assert count_threads(0, 2, 8) == 4
+    assert count_threads(0, 16, 8) == 1
+    assert count_threads(0, 1) == len(os.sched_getaffinity(0))
+    assert count_threads(load_config(["run.threads=3"]).run.threads, 2, 8) == 3
 
 
 # -------------------------------------------------------------------------------------------------------- the schema itself

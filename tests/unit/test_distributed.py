@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,11 @@ from so3krates_dist import distributed
 from so3krates_dist.distributed import Rank, choose_device, read_rank
 from so3krates_dist.errors import ConfigError
 
-DEEPSPEED = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_SIZE": "2", "MASTER_PORT": "29500"}
-TORCHRUN = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}
-SRUN = {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NTASKS": "8", "SLURM_NTASKS_PER_NODE": "4"}
+MASTER = {"MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
+DEEPSPEED = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_SIZE": "2"} | MASTER
+TORCHRUN = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"} | MASTER
+SLURM = {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NTASKS": "8"} | MASTER
+SRUN = SLURM | {"SLURM_NTASKS_PER_NODE": "4"}
 
 
 @pytest.mark.parametrize(
@@ -25,11 +28,13 @@ SRUN = {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NTASKS": "8", "SLURM_N
         (DEEPSPEED, Rank(rank=1, local_rank=1, world_size=4, local_world_size=2)),
         (TORCHRUN, Rank(rank=3, local_rank=1, world_size=4, local_world_size=2)),
         (SRUN, Rank(rank=5, local_rank=1, world_size=8, local_world_size=4)),
+        (SLURM | {"SLURM_TASKS_PER_NODE": "8(x4),2"}, Rank(rank=5, local_rank=1, world_size=8, local_world_size=8)),
+        (SLURM, Rank(rank=5, local_rank=1, world_size=8)),
         (SRUN | DEEPSPEED, Rank(rank=1, local_rank=1, world_size=4, local_world_size=2)),  # a launcher inside a job
         ({"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, Rank()),  # a job of one task needs no launcher
         ({"SLURM_NTASKS": "8"}, Rank()),  # the batch script itself
     ],
-    ids=["none", "deepspeed", "torchrun", "srun", "both", "one-task", "batch-script"],
+    ids=["none", "deepspeed", "torchrun", "srun", "srun-by-node", "srun-unknown", "both", "one-task", "batch-script"],
 )
 def test_every_launcher_is_understood(environment, expected):
     assert read_rank(environment) == expected
@@ -52,6 +57,23 @@ def test_rank_zero_writes():
 def test_contradictions_of_a_launcher_are_refused(change, message):
     with pytest.raises(ConfigError, match=message):
         read_rank(DEEPSPEED | change)
+
+
+def test_a_number_of_tasks_that_is_no_integer_is_refused():
+    message = r"launcher environment must set SLURM_PROCID, SLURM_LOCALID, SLURM_NTASKS to integers; got .*'many'"
+    with pytest.raises(ConfigError, match=message):
+        read_rank(SRUN | {"SLURM_NTASKS": "many"})
+
+
+@pytest.mark.parametrize("environment", [SRUN, DEEPSPEED], ids=["srun", "deepspeed"])
+@pytest.mark.parametrize("missing", [["MASTER_ADDR"], ["MASTER_PORT"], ["MASTER_ADDR", "MASTER_PORT"]])
+def test_several_processes_must_know_where_to_meet(environment, missing):
+    message = (
+        "MASTER_ADDR, MASTER_PORT must be set for several processes; got not set. Under srun: export "
+        'MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1) MASTER_PORT=29500.'
+    )
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        read_rank({name: value for name, value in environment.items() if name not in missing})
 
 
 def test_a_variable_that_is_missing_is_named():

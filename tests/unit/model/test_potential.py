@@ -8,13 +8,14 @@ import pytest
 import torch
 from structures import STATISTICS, check_deviations, make_batch, make_crystal, make_molecule, make_potential, measure
 
-from so3krates_dist.errors import DataError
+from so3krates_dist.errors import ConfigError, DataError
 from so3krates_dist.model.potential import ModelStatistics, Potential, check_elements, compute_vectors
 
 MANIFEST = {
     "elements": [1, 6],
     "energy_baselines": {"1": -13.6, "6": -1027.5},
     "force_rms": 1.7,
+    "energy_residual_std_per_atom": 0.2,
     "mean_neighbors": {"3.0": 4.0, "10.0": 60.0, "4.0": 10.0},
 }
 
@@ -26,15 +27,22 @@ def test_statistics_from_a_manifest() -> None:
     )
 
 
-@pytest.mark.parametrize(("cutoff", "expected"), [(3.0, 4.0), (4.0, 10.0), (7.0, 35.0), (2.0, 4.0), (12.0, 60.0)])
+@pytest.mark.parametrize(("cutoff", "expected"), [(3.0, 4.0), (4.0, 10.0), (7.0, 35.0)])
 def test_mean_neighbors_are_interpolated_in_the_order_of_numbers(cutoff: float, expected: float) -> None:
     """ "10.0" comes before "3.0" as text."""
     assert ModelStatistics.from_manifest(MANIFEST, cutoff).mean_neighbors == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("cutoff", [2.0, 12.0])
+def test_a_cutoff_for_which_neighbours_were_not_counted_is_refused(cutoff: float) -> None:
+    message = rf"model\.cutoff must be from 3 to 10 Å, where the data's neighbours are counted; got {cutoff}\."
+    with pytest.raises(ConfigError, match=message):
+        ModelStatistics.from_manifest(MANIFEST, cutoff)
+
+
 def test_data_without_forces_or_neighbours_give_usable_numbers() -> None:
-    statistics = ModelStatistics.from_manifest({**MANIFEST, "force_rms": 0.0, "mean_neighbors": {"4.0": 0.0}}, 4.0)
-    assert (statistics.energy_scale, statistics.mean_neighbors) == (1.0, 1.0)
+    statistics = ModelStatistics.from_manifest({**MANIFEST, "force_rms": None, "mean_neighbors": {"4.0": 0.0}}, 4.0)
+    assert (statistics.energy_scale, statistics.mean_neighbors) == (0.2, 1.0)
 
 
 def test_statistics_survive_json() -> None:

@@ -30,7 +30,7 @@ STORED_SUM = -1.7523123994469643
 
 def make_state(step: int, best: float = 0.25) -> TrainingState:
     tensors = {"weight.a": torch.arange(6.0).view(2, 3) + step, "optimizer_steps": torch.tensor([step])}
-    return TrainingState(step=step, best_forces_mae=best, tensors=tensors)
+    return TrainingState(step=step, best_score=best, tensors=tensors)
 
 
 class TestSaving:
@@ -39,7 +39,7 @@ class TestSaving:
         assert path == tmp_path / "checkpoints" / "step_00000007"
         assert find_checkpoint(tmp_path / "checkpoints") == (path, [])
         state = load_checkpoint(path)
-        assert (state.step, state.best_forces_mae) == (7, 0.1 + 0.2)
+        assert (state.step, state.best_score) == (7, 0.1 + 0.2)
         assert state.tensors.keys() == make_state(7).tensors.keys()
         for name, tensor in make_state(7).tensors.items():
             assert torch.equal(state.tensors[name], tensor)
@@ -47,7 +47,7 @@ class TestSaving:
 
     def test_before_the_first_evaluation_nothing_is_best(self, tmp_path: Path) -> None:
         path = save_checkpoint(tmp_path, make_state(7, float("inf")), keep=2)
-        assert load_checkpoint(path).best_forces_mae == float("inf")
+        assert load_checkpoint(path).best_score == float("inf")
         assert "Infinity" not in (path / "manifest.json").read_text(), "that would be no JSON"
 
     def test_no_pickle(self, tmp_path: Path) -> None:
@@ -157,7 +157,7 @@ class TestRunFolder:
     def test_a_new_one_is_signed(self, tmp_path: Path) -> None:
         run = tmp_path / "deep" / "run"
         self.sign(run)
-        assert read_config(run / "config.yaml") == make_config("data", run)
+        assert read_config(run / "config.yaml") == make_config(str(Path("data").absolute()), run)
         assert json.loads((run / "run.json").read_text()) == {
             "data_fingerprint": self.FINGERPRINT,
             "package_version": "1.2.3",

@@ -29,7 +29,8 @@ def find_version_of(versions: dict[str, str]):
     return find
 
 
-def test_this_machine_can_train(tmp_path, capsys):
+def test_this_machine_can_train(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(1e12, 1e11, 9e11))
     assert main(["doctor", "--folder", str(tmp_path / "not/yet")]) == 0
     out = capsys.readouterr().out
     for name in ("python", "torch", "import deepspeed", "cores", "memory", "gloo", "disk", "writing", "W&B", "LAUNCH"):
@@ -163,13 +164,14 @@ def test_wandb_login_is_said_and_the_key_is_not(monkeypatch, tmp_path, key, text
     [
         (0, 1, False, ["1 core(s), no GPU: so3krates train run=quickstart data.folder=DIR"]),
         (0, 8, False, [
-            "8 core(s), no GPU: OMP_NUM_THREADS=4 DS_ACCELERATOR=cpu deepspeed --num_accelerators 2 launch/train.py "
-            "run=quickstart data.folder=DIR"
+            "8 core(s), no GPU: DS_ACCELERATOR=cpu deepspeed --num_accelerators 2 launch/train.py run=quickstart "
+            "data.folder=DIR run.threads=4"
         ]),
         (1, 8, False, ["1 GPU(s): so3krates train run=quickstart data.folder=DIR"]),
         (4, 8, True, [
             "4 GPU(s): deepspeed --num_accelerators 4 launch/train.py run=quickstart data.folder=DIR",
-            "on a Slurm cluster, in a job: srun python launch/train.py run=quickstart data.folder=DIR",
+            'on a Slurm cluster, in a job: export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1) '
+            "MASTER_PORT=29500; srun python launch/train.py run=quickstart data.folder=DIR",
         ]),
     ],
 )  # fmt: skip

@@ -48,14 +48,14 @@ class TestDeepspeedConfig:
     @pytest.mark.parametrize("clipping", [0.0, 0.5, 10.0])
     def test_clipping_is_always_written(self, clipping: float) -> None:
         """DeepSpeed clips at 1.0 where the key is absent."""
-        assert build_deepspeed_config(TrainSection(gradient_clipping=clipping))["gradient_clipping"] == clipping
+        assert build_deepspeed_config(TrainSection(gradient_clipping=clipping), 10)["gradient_clipping"] == clipping
 
     def test_nothing_rounds_the_master_weights(self) -> None:
-        config = build_deepspeed_config(TrainSection())
+        config = build_deepspeed_config(TrainSection(), 10)
         assert not {"fp16", "bf16", "amp", "optimizer", "scheduler"} & set(config)
 
     def test_sections_arrive(self) -> None:
-        config = build_deepspeed_config(TrainSection(zero_stage=2, micro_batches=4))
+        config = build_deepspeed_config(TrainSection(zero_stage=2, micro_batches=4), 10)
         assert config["zero_optimization"]["stage"] == 2
         assert config["gradient_accumulation_steps"] == 4
 

@@ -18,7 +18,7 @@ def run_folder(tmp_path):
     (folder / "evaluation").mkdir()
     (folder / "evaluation/parity_forces.png").write_bytes(b"")
     (folder / "config.yaml").write_text(config.dump_config(config.load_config(["run.name=mine", "data.folder=here"])))
-    (folder / "run.json").write_text(json.dumps({"data_fingerprint": "0123456789abcdef", "processes": 2}))
+    (folder / "run.json").write_text(json.dumps({"data_fingerprint": "0123456789abcdef", "package_version": "1.2.3"}))
     lines = [
         {"kind": "train", "step": 10, "seconds": 1.0, "loss": 2.0},
         {"kind": "validation", "step": 10, "seconds": 1.5, "forces_mae": 0.25},
@@ -54,7 +54,8 @@ def test_every_default_that_is_shown_can_be_typed_in():
 def test_config_lists_settings_and_overlays(capsys):
     assert main(["info", "--config"]) == 0
     out = capsys.readouterr().out
-    assert "train.learning_rate = 0.001    (float)\n    largest learning rate" in out
+    default = config.TrainSection().learning_rate
+    assert f"train.learning_rate = {default}    (float)\n    largest learning rate" in out
     assert "run=" in out
     assert "quickstart" in out
 
@@ -76,7 +77,7 @@ def test_a_run_folder_is_described(run_folder, capsys):
     assert main(["info", str(run_folder)]) == 0
     out = capsys.readouterr().out
     for text in (
-        "mine", "here", "step_00000020", "run.json: processes", "train at step 20", "loss 1", "validation at step 10",
+        "mine", "here", "step_00000020", "run.json: data_fingerprint", "0123456789abcdef", "run.json: package_version", "1.2.3", "train at step 20", "loss 1", "validation at step 10",
         "forces_mae 0.25", "none yet", "evaluation/parity_forces.png",
     ):  # fmt: skip
         assert text in out, text

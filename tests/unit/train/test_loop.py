@@ -11,7 +11,7 @@ from analytic import label, make_cluster, make_morse, write_dataset
 from training_setup import make_config, make_dataset, make_graphs, make_settings, run_processes, train
 
 from so3krates_dist.data.stream import iter_batches
-from so3krates_dist.errors import EXIT_DONE, ConfigError
+from so3krates_dist.errors import EXIT_DONE, ConfigError, DataError
 from so3krates_dist.graph import Graph
 from so3krates_dist.metrics import read_metrics
 from so3krates_dist.model.registry import load_model
@@ -127,6 +127,15 @@ class TestUnusualData:
         records = [r for r in read_metrics(run / "metrics.jsonl") if r["kind"] == "train"]
         assert all(np.isfinite(r["loss"]) and r["skipped_steps"] == 0 for r in records)
 
+    def test_energies_without_forces(self, tmp_path: Path) -> None:
+        graphs = [dataclasses.replace(g, forces=None) for g in make_graphs(10)]
+        data = write_dataset(tmp_path / "data", {"train": graphs, "validation": graphs[:2]})
+        run = tmp_path / "run"
+        run_to_the_end(data, run, "train.num_steps=8", "train.validate_every=4", "train.forces_weight=0.0")
+        records = [r for r in read_metrics(run / "metrics.jsonl") if r["kind"] == "train"]
+        assert all(np.isfinite(r["loss"]) and r["skipped_steps"] == 0 for r in records)
+        assert (run / "model.safetensors").is_file()
+
     def test_bf16(self, dataset: Path, tmp_path: Path) -> None:
         run = tmp_path / "run"
         run_to_the_end(dataset, run, "train.num_steps=8", "model.precision=bf16")
@@ -139,29 +148,36 @@ class TestFirstChecks:
         with pytest.raises(
             ConfigError, match=r"data\.folder must name a data set; got nothing\. Set data\.folder=FOLDER"
         ):
-            _check_data(make_config("''", tmp_path))
+            _check_data(make_config("''", tmp_path), hashes=True)
 
     def test_a_weight_without_labels(self, dataset: Path, tmp_path: Path) -> None:
         config = make_config(dataset, tmp_path, "train.stress_weight=1.0")
         with pytest.raises(
             ConfigError, match=r"train\.stress_weight must be 0 without stress labels; got a data set with energy"
         ):
-            _check_data(config)
+            _check_data(config, hashes=True)
 
     def test_labels_that_are_not_asked_for_need_not_be_there(self, tmp_path: Path) -> None:
         graphs = make_graphs(4)
         for graph in graphs:
             graph.forces = None
         data = write_dataset(tmp_path / "data", {"train": graphs})
-        assert _check_data(make_config(data, tmp_path, "train.forces_weight=0.0")).labels == ("energy",)
+        assert _check_data(make_config(data, tmp_path, "train.forces_weight=0.0"), hashes=True).labels == ("energy",)
+
+    def test_an_element_that_only_the_validation_split_has(self, tmp_path: Path) -> None:
+        graphs = make_graphs(4)
+        strange = dataclasses.replace(graphs[0], atomic_numbers=np.full(graphs[0].num_atoms, 79))
+        data = write_dataset(tmp_path / "data", {"train": graphs, "validation": [strange]})
+        with pytest.raises(
+            DataError, match=r"validation split must have only elements the model was trained on .*; got Au\."
+        ):
+            _check_data(make_config(data, tmp_path), hashes=False)
 
     def test_hashes_are_compared_where_that_is_asked_for(self, tmp_path: Path) -> None:
         from interruptions import flip_byte
 
-        from so3krates_dist.errors import DataError
-
         data = make_dataset(tmp_path / "data", num_train=4)
         flip_byte(data / "train-000000.tar", 3000)
-        _check_data(make_config(data, tmp_path, "data.verify=size"))
+        _check_data(make_config(data, tmp_path), hashes=False)
         with pytest.raises(DataError, match=r"train-000000\.tar must have the sha256"):
-            _check_data(make_config(data, tmp_path))
+            _check_data(make_config(data, tmp_path), hashes=True)
