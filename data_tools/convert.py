@@ -274,7 +274,10 @@ def _choose_energy(structures: Structures, path: Path) -> tuple[str, str]:
         got = f"total energies that look like {unit} ({fits[unit]:.3f} of the estimate for all electrons)"
         raise DataError(str(path), "have energies in eV (ASE's convention), or a given unit", got, remedy)
     rule = "have total energies of all electrons, from which the unit can be told"
-    raise DataError(str(path), rule, f"{ratio:.3g} times the estimate in eV", remedy)
+    per_atom = np.nanmedian(
+        [np.nan if g.energy is None else g.energy / max(g.num_atoms, 1) for g in _sample(structures.graphs)]
+    )
+    raise DataError(str(path), rule, f"{per_atom:.4g} per atom, {ratio:.3g} times the estimate in eV", remedy)
 
 
 def measure_energy_ratio(graphs: Sequence[Graph]) -> float | None:

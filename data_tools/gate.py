@@ -58,7 +58,7 @@ def find_problem(graph: Graph, max_force: float) -> Problem | None:
         found = "no atoms" if not len(numbers) else f"{numbers.min()} to {numbers.max()}"
         return Problem("unknown element", f"have atomic numbers from 1 to {MAX_ATOMIC_NUMBER}", found)
     if (size := _find_cell_size(graph)) < _MIN_CELL_SIZE:
-        return Problem("flat cell", "have a cell that is not flat along its periodic directions", f"{size:.2g} Å")
+        return Problem("flat cell", "have a cell that is not flat along its periodic directions", f"{size:.3f} Å")
     if (distance := find_min_distance(graph)) < MIN_DISTANCE:
         return Problem("atoms too close", f"have its atoms at least {MIN_DISTANCE} Å apart", f"{distance:.3f} Å")
     if graph.forces is not None:

@@ -7,6 +7,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from data_tools import gate
 from data_tools.console import print_table, say
 from data_tools.dataset import iter_dataset
 from data_tools.validate import compute_residual
@@ -97,13 +98,14 @@ def draw_picture(folder: Path, manifest: shards.Manifest, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    graphs = [g for _, g in zip(range(_MAX_PICTURE_CONFORMERS), iter_dataset(folder, manifest, "train"), strict=False)]
+    first = zip(range(_MAX_PICTURE_CONFORMERS), iter_dataset(folder, manifest, "train"), strict=False)
+    graphs = [g for _, g in first if gate.find_problem(g, np.inf) is None]  # `validate` names the others
     residuals = np.array([r for g in graphs if (r := compute_residual(g, manifest)) is not None])
     forces = [np.linalg.norm(g.forces, axis=1) for g in graphs if g.forces is not None]
     panels = [
         ("energy less baselines (meV/atom)", 1000 * residuals),
         ("force on an atom (eV/Å)", np.concatenate(forces) if forces else np.zeros(0)),
-        ("distance of two atoms (Å)", np.concatenate([_compute_distances(g) for g in graphs])),
+        ("distance of two atoms (Å)", np.concatenate([np.zeros(0), *map(_compute_distances, graphs)])),
     ]
     figure = Figure(figsize=(12, 3.5), layout="constrained")
     FigureCanvasAgg(figure)

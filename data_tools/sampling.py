@@ -74,7 +74,8 @@ def run_task(task: Task) -> list[Sample]:
     labeller = Labeller(molecule.atomic_numbers, molecule.total_charge, molecule.num_unpaired_electrons)
     samples = []
     try:
-        geometries = _sample(task)
+        with np.errstate(over="ignore", invalid="ignore"):  # of dynamics that blow up
+            geometries = _sample(task)
     except SamplingError as error:
         nowhere = np.zeros((len(molecule.atomic_numbers), 3))
         return [Sample(nowhere, None, str(error)) for _ in range(task.count)]
@@ -175,7 +176,7 @@ def _run_langevin(task: Task) -> Float64Array:
     positions = field.positions
     velocities = thermal * generator.standard_normal(positions.shape)
     forces = field.compute_forces(positions)
-    samples = []
+    samples: list[Float64Array] = []
     for step in range(1, EQUILIBRATION_STEPS + task.count * STEPS_PER_SAMPLE + 1):
         velocities = velocities + half * forces / masses
         positions = positions + half * velocities

@@ -62,11 +62,11 @@ class Labeller:
             XtbError: The SCF did not converge, or tblite refuses the geometry.
         """
         from ase.data import atomic_masses
-        from tblite.exceptions import TBLiteRuntimeError, TBLiteValueError
+        from tblite.exceptions import TBLiteRuntimeError
 
         try:
             result = self._build(positions).singlepoint()
-        except (TBLiteRuntimeError, TBLiteValueError) as error:
+        except TBLiteRuntimeError as error:
             raise XtbError(str(error).strip()) from error
         masses = atomic_masses[self._numbers]
         center = masses @ positions / masses.sum()

@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import json
 import os
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,6 +34,8 @@ from so3krates_dist.model.potential import Potential
 from so3krates_dist.units import BOLTZMANN_EV_PER_K
 
 DEFAULT_MOLECULE: Final = "ethanol"
+DEFAULTS: Final = {"temperature": 300.0, "timestep": 0.5, "picoseconds": 1.0, "seed": 0, "dtype": "float64"}
+"""what `so3krates md` does unless it is told otherwise; results of other settings go to folders of their own"""
 FRAME_INTERVAL_FS: Final = 5.0
 RELAXED_FORCE: Final = 0.05
 """eV/Å; a relaxation ends below this"""
@@ -226,15 +229,19 @@ def write_nve(result: NveResult, folder: Path, title: str, facts: dict[str, Any]
 
     Args:
         result: The trajectory.
-        folder: Made where it does not exist; older files of these names are replaced.
+        folder: Made where it does not exist; older files of these names are replaced once all new ones are whole.
         title: Above the picture.
         facts: More entries for `nve.json`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     content = {"version": __version__, **(facts or {}), **result.to_json()}
-    (folder / "nve.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    ase.io.write(folder / "trajectory.xyz", list(result.frames), format="extxyz")
-    _plot_nve(result, folder / "nve.png", title)
+    names = ("trajectory.xyz", "nve.png", "nve.json")
+    new = {name: folder / f".{name}.tmp" for name in names}
+    new["nve.json"].write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    ase.io.write(new["trajectory.xyz"], list(result.frames), format="extxyz")
+    _plot_nve(result, new["nve.png"], title)
+    for name in names:
+        new[name].replace(folder / name)
 
 
 def _plot_nve(result: NveResult, path: Path, title: str) -> None:
@@ -260,7 +267,7 @@ def _plot_nve(result: NveResult, path: Path, title: str) -> None:
     for axes in (upper, lower):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(visible=True, color="#DDDDDD", linewidth=0.6)
-    figure.savefig(path)
+    figure.savefig(path, format="png")
 
 
 # ------------------------------------------------------------------------------------------------------------------ the verb
@@ -318,14 +325,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     start = parser.add_mutually_exclusive_group()
     start.add_argument("--molecule", metavar="NAME", help="start from a conformer of this group of the run's data")
     start.add_argument("--structure", metavar="FILE", type=Path, help="start from a file that ASE reads")
-    parser.add_argument("--temperature", type=float, default=300.0, help="K (default: 300)")
-    parser.add_argument("--timestep", type=float, default=0.5, help="fs (default: 0.5)")
-    parser.add_argument("--picoseconds", type=float, default=1.0, help="length (default: 1)")
-    parser.add_argument("--seed", type=int, default=0, help="of the momenta (default: 0)")
+    parser.add_argument(
+        "--out", metavar="DIR", type=Path,
+        help="where the results go (default: RUN/dynamics; for another molecule or other settings a folder in it)",
+    )  # fmt: skip
+    parser.add_argument("--temperature", type=float, help="K (default: %(default)s)")
+    parser.add_argument("--timestep", type=float, help="fs (default: %(default)s)")
+    parser.add_argument("--picoseconds", type=float, help="length (default: %(default)s)")
+    parser.add_argument("--seed", type=int, help="of the momenta (default: %(default)s)")
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="cpu", help="where to compute (default: cpu)"
     )
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default="float64", help="precision (default: float64)")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), help="precision (default: %(default)s)")
+    parser.set_defaults(**DEFAULTS)
+
+
+def choose_folder(arguments: argparse.Namespace, name: str) -> Path:
+    """Return where results go: nothing that another molecule or other settings gave is replaced.
+
+    Args:
+        arguments: Of the verb.
+        name: Of the structure.
+    """
+    if arguments.out is not None:
+        return Path(arguments.out)
+    texts = {"temperature": "{:g}K", "timestep": "{:g}fs", "picoseconds": "{:g}ps", "seed": "seed{}", "dtype": "{}"}
+    given = vars(arguments)
+    parts = [text.format(given[key]) for key, text in texts.items() if given[key] != DEFAULTS[key]]
+    is_default = arguments.structure is None and (arguments.molecule is None or name == DEFAULT_MOLECULE)
+    folder = Path(arguments.run_folder) / "dynamics"
+    return folder if is_default and not parts else folder / re.sub(r"[^\w+.-]", "_", "-".join([name, *parts]))
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -333,7 +362,7 @@ def run(arguments: argparse.Namespace) -> int:
     folder: Path = arguments.run_folder
     atoms, name = _read_start(folder, arguments)
     device = choose_device(arguments.device, Rank())
-    tune_machine(1 if len(atoms) <= MAX_ATOMS_ONE_THREAD else os.cpu_count() or 1, device)
+    tune_machine(1 if len(atoms) <= MAX_ATOMS_ONE_THREAD else len(os.sched_getaffinity(0)), device)
     calculator = So3kratesCalculator(folder, device=device, dtype=arguments.dtype)
     result = run_nve(
         calculator,
@@ -345,7 +374,8 @@ def run(arguments: argparse.Namespace) -> int:
     )
     facts = {"structure": name, "temperature_kelvin": arguments.temperature, "seed": arguments.seed}
     title = f"{name}: NVE, {arguments.temperature:g} K, {arguments.timestep:g} fs"
-    write_nve(result, folder / "dynamics", title, facts | {"dtype": arguments.dtype, "device": str(device)})
+    out = choose_folder(arguments, name)
+    write_nve(result, out, title, facts | {"dtype": arguments.dtype, "device": str(device)})
     rows = (
         ("energy drift (meV/atom per ps)", f"{result.drift:+.4f}"),
         ("energy fluctuation (meV/atom)", f"{result.fluctuation:.4f}"),
@@ -354,7 +384,7 @@ def run(arguments: argparse.Namespace) -> int:
         ("time per step (ms)", f"{result.milliseconds_per_step:.2f}"),
     )
     print_table(title, ("", "value"), rows)
-    print(f"written to {folder / 'dynamics'}")
+    print(f"written to {out}")
     return 0
 
 

@@ -231,8 +231,12 @@ def test_a_shard_that_is_damaged_during_the_run(dataset: Path, tmp_path: Path, n
 # ----------------------------------------------------------------------------------------------- the deepspeed launcher
 
 
-def launch(script: Path, arguments: list[str], log: Path, num_processes: int = 2) -> tuple[int, str]:
-    """Start a script as a user does, through the `deepspeed` command; what is left of it at the end is killed."""
+def launch(script: Path, arguments: list[str], log: Path, num_processes: int = 2) -> tuple[int, str, float]:
+    """Start a script as a user does, through the `deepspeed` command; what is left of it at the end is killed.
+
+    Returns:
+        The exit code, what was said, and the seconds from the first error line to the exit (0 without one).
+    """
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     environment |= {"PYTHONPATH": os.pathsep.join([str(TESTS), environment.get("PYTHONPATH", "")])}
     command = [
@@ -243,13 +247,19 @@ def launch(script: Path, arguments: list[str], log: Path, num_processes: int = 2
         process = subprocess.Popen(
             command, stdout=output, stderr=output, env=environment, cwd=log.parent, start_new_session=True
         )
+        limit, failed = time.monotonic() + 240, 0.0
         try:
-            code = process.wait(240)
+            while (code := process.poll()) is None:
+                assert time.monotonic() < limit, log.read_text(errors="replace")
+                if not failed and re.search(r"^so3krates: ", log.read_text(errors="replace"), re.MULTILINE):
+                    failed = time.monotonic()
+                time.sleep(0.1)
+            seconds = time.monotonic() - failed if failed else 0.0
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)  # a group of its own: the launcher and its ranks
                 process.wait()
-    return code, log.read_text(errors="replace")
+    return code, log.read_text(errors="replace"), seconds
 
 
 def test_under_the_launcher_a_run_goes_on_bit_for_bit(dataset: Path, tmp_path: Path, clone: Path) -> None:
@@ -259,7 +269,7 @@ def test_under_the_launcher_a_run_goes_on_bit_for_bit(dataset: Path, tmp_path: P
     assert outcome.codes == (EXIT_DONE, EXIT_DONE), str(outcome)
     outcome = run_processes(tmp_path / "log2", 2, train, make_settings(dataset, run, *more, "train.stop_at=7"))
     assert outcome.codes == (EXIT_DONE, EXIT_DONE), str(outcome)
-    code, said = launch(clone / "launch" / "train.py", make_settings(dataset, run, *more), tmp_path / "launcher.txt")
+    code, said, _ = launch(clone / "launch" / "train.py", make_settings(dataset, run, *more), tmp_path / "launcher.txt")
     assert code == EXIT_DONE, said
     assert "Resumed at step 7 of 20" in said
     assert find_differences(read_state(whole, 20), read_state(run, 20)) == {}
@@ -273,9 +283,10 @@ def test_under_the_launcher_a_rank_that_fails_takes_the_others_down(dataset: Pat
         "sys.exit(train_on_damaged_shard([w for w in sys.argv[1:] if not w.startswith('--local_rank')], 3, 1))\n"
     )
     settings = make_settings(data, run, "train.save_every=2", "data.batch_size=2", "train.num_steps=1000000")
-    code, said = launch(script, settings, tmp_path / "launcher.txt")
+    code, said, seconds = launch(script, settings, tmp_path / "launcher.txt")
     assert code != EXIT_DONE, said
     assert re.search(r"so3krates: .*train-00000\d\.tar:train-\S+ must have the CRC", said), said
+    assert seconds < 60, said
     found, complaints = find_checkpoint(run / "checkpoints")
     assert found is not None
     assert complaints == []

@@ -14,8 +14,9 @@ from types import ModuleType
 
 import pytest
 from analytic import label, make_cluster, write_dataset
+from training_setup import find_free_port
 
-from so3krates_dist.errors import EXIT_CONFIG, ConfigError
+from so3krates_dist.errors import EXIT_CONFIG, EXIT_REQUEUE, ConfigError
 from so3krates_dist.metrics import read_metrics
 
 SMOKE = [
@@ -53,11 +54,12 @@ def run_process(command, **changes: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def launch(launcher: str, script: Path, port: int, *words: str) -> subprocess.CompletedProcess[str]:
+def launch(launcher: str, script: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    port = str(find_free_port())
     prefix = {
         "python": [],
-        "deepspeed": ["-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port", str(port)],
-        "torchrun": ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)],
+        "deepspeed": ["-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port", port],
+        "torchrun": ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port],
     }[launcher]
     return run_process([sys.executable, *prefix, script, *words])
 
@@ -93,26 +95,26 @@ def test_a_config_error_is_one_line_and_its_exit_code(train_script, words):
     assert result.stdout == ""
 
 
-def test_a_config_error_ends_the_launcher_with_its_exit_code(train_script, free_port):
-    result = launch("deepspeed", train_script, free_port, "train.zero_stage=7")
+def test_a_config_error_ends_the_launcher_with_its_exit_code(train_script):
+    result = launch("deepspeed", train_script, "train.zero_stage=7")
     assert result.returncode == EXIT_CONFIG
     assert "so3krates: train.zero_stage must be 0, 1 or 2; got 7." in result.stderr
     assert "Traceback" not in result.stderr
 
 
-def test_a_run_goes_on_under_another_launcher(train_script, dataset, tmp_path, free_port):
+def test_a_run_goes_on_under_another_launcher(train_script, dataset, tmp_path):
     """Three steps under `deepspeed`, the rest under torchrun: the same command, the same run."""
     settings = [*SMOKE, f"data.folder={dataset}", f"run.folder={tmp_path / 'run'}"]
-    first = launch("deepspeed", train_script, free_port, *settings, "train.stop_at=3")
+    first = launch("deepspeed", train_script, *settings, "train.stop_at=3")
     assert first.returncode == 0, first.stdout + first.stderr
     assert "2 process(es) on cpu" in first.stdout
-    second = launch("torchrun", train_script, free_port, *settings)
+    second = launch("torchrun", train_script, *settings)
     assert second.returncode == 0, second.stdout + second.stderr
     assert "Resumed at step 3 of 6" in second.stdout
     records = read_metrics(tmp_path / "run/metrics.jsonl")
     assert [r["step"] for r in records if r["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
     assert (tmp_path / "run/model.safetensors").is_file()
-    third = launch("python", train_script, free_port, *settings)
+    third = launch("python", train_script, *settings)
     assert third.returncode == 0, third.stdout + third.stderr
     assert "6 steps" in third.stdout
 
@@ -123,7 +125,11 @@ FAKE_PYTHON = """\
 #!/usr/bin/env bash
 # Stands for an interpreter: makes environments of itself, notes what pip is asked for, does all else for real.
 case "$*" in
-  "-m venv "*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" && echo "venv $3" >>"{log}" ;;
+  "-m venv "*)
+    echo "venv $3" >>"{log}"
+    mkdir -p "$3/bin" && {{ [[ "$0" -ef "$3/bin/python" ]] || cp "$0" "$3/bin/python"; }}
+    [[ -z "${{NO_ENSUREPIP:-}}" ]] && touch "$3/pip" ;;
+  "-m pip --version") [[ -e "$(dirname "$0")/../pip" ]] ;;
   "-m pip "*) echo "pip ${{*:3}}" >>"{log}"; [[ "$*" != *"${{REFUSED:-nothing refused}}"* ]] ;;
   *) exec "{python}" "$@" ;;
 esac
@@ -203,6 +209,8 @@ def test_the_environment_is_made_once_and_made_anew_when_the_dependencies_change
     ]
     _, log = run_script(fake_clone, "test.sh", "-q")
     assert log == []
+    _, log = run_script(fake_clone, "quickstart.sh", "--ranks", "3", "--python", "python3")
+    assert log == [], "the Python that it was made with is no reason to install again"
     (fake_clone / "launch" / "constraints.txt").write_text("torch==2.13.0\n")
     _, log = run_script(fake_clone, "test.sh", "-q")
     assert [line.split()[0] for line in log] == ["pip", "pip"]
@@ -237,8 +245,32 @@ def test_a_failed_installation_is_said_and_tried_again(fake_clone):
     assert "quickstart.sh: PyTorch could not be installed; see pip's message above." in result.stderr
     result, log = run_script(fake_clone, "quickstart.sh", "--ranks", "3", "--torch-index", "https://example.org/cpu")
     assert result.returncode == EXIT_CONFIG
-    assert "--index-url https://example.org/cpu torch" in log[0]
-    assert "index-url" not in log[1]
+    assert log[0].endswith("constraints.txt --no-deps --index-url https://example.org/cpu torch")
+    assert [line.rsplit("constraints.txt ", 1)[1] for line in log[1:]] == [
+        "torch",
+        f"--editable {fake_clone}[generate]",
+    ], "its dependencies come from the usual index"
+
+
+def test_an_environment_without_pip_is_repaired(fake_clone):
+    """What `python -m venv` leaves behind on Debian without python3-venv."""
+    result, log = run_script(fake_clone, "quickstart.sh", NO_ENSUREPIP="1")
+    assert result.returncode == 1
+    message = "quickstart.sh: no virtual environment could be made. On Debian: apt-get install python3-venv.\n"
+    assert result.stderr == message
+    assert log == [f"venv {fake_clone}/.venv"]
+    result, log = run_script(fake_clone, "quickstart.sh", "--ranks", "3")
+    assert result.returncode == EXIT_CONFIG, result.stderr
+    assert [line.split()[0] for line in log] == ["venv", "pip", "pip"]
+
+
+def test_an_index_without_pytorch_is_said(fake_clone):
+    words = ("--torch-index", "https://example.org/none")
+    result, log = run_script(fake_clone, "quickstart.sh", *words, REFUSED="--index-url")
+    assert result.returncode == 1
+    message = "quickstart.sh: PyTorch could not be installed from https://example.org/none; see pip's message above.\n"
+    assert result.stderr == message
+    assert [line.split()[0] for line in log] == ["venv", "pip"]
 
 
 # ------------------------------------------------------------------------------------------------------ the quickstart's stages
@@ -289,12 +321,14 @@ def test_threads_share_the_cores_and_one_molecule_has_one(quickstart):
 
 
 def test_stages_are_commands_that_a_user_could_type(quickstart, tmp_path):
-    commands = quickstart.build_commands(tmp_path / "data", tmp_path / "run", ["--num_accelerators", "2"])
+    commands = quickstart.build_commands(tmp_path / "data", tmp_path / "run", ["--num_accelerators", "2"], 3)
     assert tuple(commands) == quickstart.STAGES
     assert commands["md"][-2:] == ["--molecule", "ethanol"]
     train = commands["train"]
     assert train[:3] == [sys.executable, "-m", "deepspeed.launcher.runner"]
-    assert train[-3:] == ["run=quickstart", f"data.folder={tmp_path / 'data'}", f"run.folder={tmp_path / 'run'}"]
+    assert train[-4:] == [
+        "run=quickstart", f"data.folder={tmp_path / 'data'}", f"run.folder={tmp_path / 'run'}", "run.threads=3",
+    ]  # fmt: skip
 
 
 STAGE_SCRIPTS = {
@@ -356,6 +390,57 @@ def test_a_quickstart_that_failed_goes_on_with_what_is_there(quickstart, small_s
     small_stages["generate"] = "raise SystemExit('the data set must be kept')"
     assert quickstart.main(["--out", str(tmp_path)]) == 0
     assert "is there already" in capfd.readouterr().out
+
+
+def test_the_port_is_looked_for_right_before_the_training(quickstart, small_stages, tmp_path, monkeypatch):
+    seen = []
+    scripts = quickstart.build_commands
+
+    def build_commands(*arguments):
+        seen.append((arguments[-1], (tmp_path / "data/manifest.json").is_file()))
+        return scripts()
+
+    assert small_stages
+    monkeypatch.setattr(quickstart, "build_commands", build_commands)
+    assert quickstart.main(["--out", str(tmp_path), "--ranks", "1"]) == 0
+    threads = len(os.sched_getaffinity(0))
+    assert seen == [(threads, False)] + 4 * [(threads, True)]
+
+
+def test_a_stop_file_stops_and_is_no_failure(quickstart, small_stages, tmp_path, capfd):
+    whole = small_stages["train"]
+    small_stages["train"] = f"raise SystemExit({EXIT_REQUEUE})"
+    assert quickstart.main(["--out", str(tmp_path)]) == EXIT_REQUEUE
+    assert capfd.readouterr().err == "quickstart: stopped. The same command goes on from here.\n"
+    small_stages["train"] = whole
+    assert quickstart.main(["--out", str(tmp_path)]) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_the_quickstart_as_a_whole(clone, tmp_path):
+    """The real script and stages, in an environment that stands for this one and that nothing is installed into."""
+    venv, source = tmp_path / "venv", f"source '{clone}/launch/environment.sh' && hash_of_installation"
+    (venv / "bin").mkdir(parents=True)
+    (venv / "bin/python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    (venv / "bin/python").chmod(0o755)
+    stamp = subprocess.run(["bash", "-c", source], capture_output=True, text=True, check=True).stdout
+    (venv / ".so3krates-generate").write_text(stamp)
+    out = tmp_path / "quickstart"
+    environment = os.environ | {"SO3KRATES_VENV": str(venv), "WANDB_MODE": "offline"}
+    environment = {k: v for k, v in environment.items() if k not in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    command = ["bash", str(clone / "launch/quickstart.sh"), "--out", str(out)]
+    with (tmp_path / "output.txt").open("w") as file:
+        code = subprocess.run(command, env=environment, stdout=file, stderr=file, check=False).returncode
+    said = (tmp_path / "output.txt").read_text()
+    assert code == 0, said
+    assert "installing" not in said
+    assert said.endswith(f"run folder: {out / 'run'}\n")
+    results = json.loads((out / "run/quickstart.json").read_text())
+    assert list(results["seconds"]) == ["generate", "validate", "train", "evaluate", "md"]
+    assert 0 < results["forces_mae"] < 0.1
+    assert 0 < results["energy_mae_per_atom"] < 0.01
+    assert abs(results["drift_mev_per_atom_per_ps"]) < 5
 
 
 GRANDCHILD = """

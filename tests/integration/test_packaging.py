@@ -134,6 +134,16 @@ def test_an_installed_wheel_makes_a_data_set(installed, tmp_path):
     assert checked.returncode == 0, checked.stderr
 
 
+def test_the_readme_is_finished(clone):
+    """No place is left for a figure that is to be filled in, and every file that it points to is there."""
+    text = (clone / "README.md").read_text(encoding="utf-8")
+    assert re.findall(r"@[A-Z0-9_]+@", text) == []
+    targets = [target.partition("#")[0] for target in re.findall(r"\]\(([^)\s]+)\)", text)]
+    relative = {target for target in targets if target and not re.match(r"[a-z]+:", target)}
+    assert relative, "the pattern finds links"
+    assert {target for target in relative if not (clone / target).exists()} == set()
+
+
 def _read_pins(clone: Path) -> dict[str, str]:
     lines = [line.strip() for line in (clone / "launch" / "constraints.txt").read_text().splitlines()]
     pins = [line for line in lines if line and not line.startswith("#")]

@@ -1,6 +1,7 @@
 """Who am I, in the environment of every launcher; small reductions, with one process and with two."""
 
 import json
+import os
 import random
 import re
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from torch import multiprocessing
 
 from so3krates_dist import distributed
-from so3krates_dist.distributed import Rank, choose_device, read_rank
+from so3krates_dist.distributed import Rank, choose_device, count_threads, read_rank
 from so3krates_dist.errors import ConfigError
 
 MASTER = {"MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
@@ -102,6 +103,27 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
         choose_device("cuda", Rank())
 
 
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(
+        ConfigError, match=r"processes per machine must be at most its GPUs \(2\); got 4\. Start fewer processes\."
+    ):
+        choose_device("auto", Rank(rank=2, local_rank=2, world_size=4, local_world_size=4))
+
+
+@pytest.mark.parametrize(
+    ("asked", "processes", "cores", "expected"), [(3, 2, 8, 3), (0, 2, 8, 4), (0, 3, 8, 2), (0, 8, 2, 1)]
+)
+def test_threads_share_the_cores(asked, processes, cores, expected):
+    assert count_threads(asked, processes, cores) == expected
+
+
+def test_cores_are_those_that_the_process_may_use(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 5, 7, 8})
+    assert count_threads(0, 2) == 2
+
+
 def _draw() -> tuple[float, float, float]:
     return random.random(), float(np.random.random()), float(torch.rand(()))  # noqa: NPY002 - the global one is meant
 
@@ -137,8 +159,6 @@ def test_without_a_process_group_everything_is_local():
 
 
 def _join_two(rank: int, port: int, folder: str) -> None:
-    import os
-
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     cpu = torch.device("cpu")
     distributed.start_processes(Rank(rank=rank, local_rank=rank, world_size=2, local_world_size=2), cpu)

@@ -1,9 +1,7 @@
 """What the tests of the data tools share: a verb run as the console command runs it, and small labelled structures."""
 
 import argparse
-import os
 from collections.abc import Callable
-from pathlib import Path
 from types import ModuleType
 
 import numpy as np
@@ -50,12 +48,3 @@ def make_water() -> Callable[..., list[Graph]]:
         return graphs
 
     return make
-
-
-@pytest.fixture
-def real_data() -> Path:
-    """Return the folder of real data sets, which is not part of the repository."""
-    folder = os.environ.get("SO3KRATES_DATA_DIR")
-    if not folder:
-        pytest.skip("SO3KRATES_DATA_DIR does not name the folder with md17/ and 3bpa/")
-    return Path(folder)

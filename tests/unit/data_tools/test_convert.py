@@ -1,5 +1,6 @@
 """Converting: keys, units, faulty structures, and two real sets where they are at hand."""
 
+import argparse
 from pathlib import Path
 
 import ase
@@ -176,6 +177,14 @@ def test_what_spin_means_is_told_by_the_parity_of_the_electrons(
     assert read_structures(path, {}).graphs[0].num_unpaired_electrons == unpaired
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "unpaired"), [("uhf", 2, 2), ("uhf", 1, 1), ("multiplicity", 3, 2), ("spin", 3, 2), ("spin", 2, 2)]
+)
+def test_spin_in_an_npz_means_what_its_key_says(tmp_path: Path, make_water, key, value, unpaired) -> None:
+    path = write_npz(tmp_path / "water.npz", make_water(1), **{key: np.array([value])})
+    assert read_structures(path, {}).graphs[0].num_unpaired_electrons == unpaired
+
+
 def test_isolated_atoms_reach_the_statistics(tmp_path: Path, make_water, run_tool) -> None:
     path = write_npz(tmp_path / "water.npz", make_water(20))
     atoms = {"z": np.array([[1], [8]]), "R": np.zeros((2, 1, 3)), "E": np.array([-313.0, -47000.0])}
@@ -217,6 +226,18 @@ def test_isolated_atoms_that_are_none_are_refused(tmp_path: Path, make_water, ru
         ({}, ["--keys", "energy"], "--keys energy must map a label to a key of the file"),
         ({"z": None}, [], "water.npz must have atomic_numbers; got E, F, R. Name its key with --keys"),
         ({"R": np.zeros((20, 9))}, [], r"water.npz positions must have shape \(conformers, atoms, 3\); got \(20, 9\)"),
+        ({"z": np.array([8.0, np.nan, 1.0])}, [], r"whole atomic numbers from 1 to 118 \(0 is padding\); got nan"),
+        ({"z": np.array([[8, 1, 1]] * 7 + [[8, 1, -1]] + [[8, 1, 1]] * 12)}, [], "water.npz:7 must have whole atomic .*; got -1"),
+        ({"z": np.array([6.5, 1, 1])}, [], "water.npz:0 must have whole atomic numbers .*; got 6.5"),
+        ({"z": np.array([200, 1, 1])}, [], "water.npz:0 must have whole atomic numbers .*; got 200. Correct the file or --keys"),
+        ({"z": np.array([0, 0, 0])}, ["--energy-unit", "eV", "--length-unit", "Angstrom"], "water.npz:0 structure must have atomic"),
+        ({"uhf": np.ones(20)}, [], "water.npz:0 H2O must have as many paired .*; got 10 electrons with 1 unpaired at charge 0"),
+        ({"Q": np.full(20, np.nan)}, [], "water.npz:0 H2O must have finite total_charge; got nan or infinity"),
+        ({"cell": np.full((3, 3), np.nan)}, [], "water.npz:0 H2O must have finite cell; got nan or infinity"),
+        ({"cell": np.zeros((3, 3))}, [], "water.npz:0 H2O must have a cell that is not flat along its .*; got 0.000 Å"),
+        ({"E": np.full(20, np.nan)}, [], "water.npz must have energies that tell the energy unit; got none"),
+        ({}, ["--max-force", "nan"], "--max-force must be a positive, finite number of eV/Å; got nan. Give one like 50"),
+        ({}, ["--max-force", "-1"], "--max-force must be a positive, finite number of eV/Å; got -1.0"),
         ({"E": np.zeros(7)}, [], r"water.npz energy must have 20 rows like positions; got \(7,\)"),
         ({"F": np.zeros((20, 2, 3))}, [], r"water.npz:0 forces must have shape \(3, 3\); got \(2, 3\)"),
         ({"E": np.array(["low"] * 20)}, [], "water.npz:0 energy must be numbers; got"),
@@ -239,12 +260,54 @@ def test_bad_npz_files_and_options(tmp_path: Path, make_water, run_tool, change,
 def test_energies_alone_in_the_wrong_unit_are_refused(tmp_path: Path, make_water, run_tool) -> None:
     graphs = make_water(40)
     for graph in graphs:
-        graph.energy /= KCAL_PER_MOL_EV
+        graph.energy = (graph.energy + 2078.0) / KCAL_PER_MOL_EV
     path = write_xyz(tmp_path / "water.xyz", graphs)
     with pytest.raises(
         DataError, match=r"units that agree; got energies that change 23 times as much as the forces say. Give"
     ):
         run_tool(convert, path, "--out", tmp_path / "set")
+
+
+@pytest.mark.parametrize("unit", ["kcal/mol", "kJ/mol", "Hartree"])
+def test_total_energies_in_another_unit_in_an_xyz_are_refused(tmp_path: Path, make_water, run_tool, unit: str) -> None:
+    """Hartree and Hartree/Bohr change together almost as eV and eV/Å do, so that the detective lets them pass."""
+    graphs = make_water(40)
+    for graph in graphs:
+        graph.energy /= ENERGY_UNITS[unit]
+        graph.forces = graph.forces / (ENERGY_UNITS[unit] / LENGTH_UNITS["Bohr"])
+    path = write_xyz(tmp_path / "water.xyz", graphs)
+    message = f"must have energies in eV .*; got total energies that look like {unit} .1.0.* Give --energy-unit"
+    with pytest.raises(DataError, match=message):
+        run_tool(convert, path, "--out", tmp_path / "set")
+    words = ["--energy-unit", unit, "--force-unit", f"{unit}/Bohr"]
+    assert run_tool(convert, path, "--out", tmp_path / "set", *words) == 0
+
+
+def test_energies_of_valence_electrons_in_an_xyz_are_in_ev(tmp_path: Path, make_water, run_tool) -> None:
+    graphs = make_water(40)
+    for graph in graphs:
+        graph.energy += 2078.0 - 138.0  # what GFN2-xTB says of water
+    path = write_xyz(tmp_path / "water.xyz", graphs)
+    assert run_tool(convert, path, "--out", tmp_path / "set") == 0
+
+
+def test_labels_that_only_some_frames_have_are_left_out(tmp_path: Path, capsys) -> None:
+    frames = []
+    for dipole in ({"dipole": [0.0, 0.0, 1.0]}, {}):
+        atoms = ase.Atoms("OH", [[0, 0, 0], [0, 0, 0.97]], info={"charge": -1})
+        atoms.calc = SinglePointCalculator(atoms, energy=-2050.0, forces=np.zeros((2, 3)), **dipole)
+        frames.append(atoms)
+    ase.io.write(tmp_path / "oh.xyz", frames, format="extxyz")
+    structures = read_structures(tmp_path / "oh.xyz", {})
+    assert all(g.dipole is None and g.forces is not None for g in structures.graphs)
+    assert set(structures.keys) == {"energy", "forces", "total_charge"}
+    assert capsys.readouterr().out == "oh.xyz: dipole is left out, only 1 of 2 structures have `dipole`\n"
+
+
+def test_help_says_what_unit_dipoles_are_in(capsys) -> None:
+    parser = argparse.ArgumentParser(formatter_class=argparse.RawDescriptionHelpFormatter)
+    convert.add_arguments(parser)
+    assert "Dipoles are taken as e times the length unit" in parser.format_help()
 
 
 def test_lengths_in_bohr_in_an_xyz_are_refused(tmp_path: Path, make_water, run_tool) -> None:
@@ -274,6 +337,7 @@ def test_faulty_structures_are_refused_or_dropped_and_counted(tmp_path: Path, ma
     with pytest.raises(DataError, match=message):
         run_tool(convert, path, "--out", tmp_path / "set", *words)
     assert run_tool(convert, path, "--out", tmp_path / "set", *words, "--drop-faulty") == 0
+    assert run_tool(convert, path, "--out", tmp_path / "recognised", "--drop-faulty") == 0, "nan tells no unit"
     assert load_manifest(tmp_path / "set").provenance["dropped"] == {"energy not finite": 1, "force too large": 1}
     assert "dropped: {'energy not finite': 1, 'force too large': 1}" in capsys.readouterr().out
 
@@ -298,7 +362,6 @@ def test_files_that_cannot_be_read(tmp_path: Path, run_tool, content: bytes, nam
 
 
 def test_an_xyz_without_structures_is_refused(tmp_path: Path, run_tool) -> None:
-    ase.io.write(tmp_path / "a.traj", [ase.Atoms("H")])
     (tmp_path / "empty.json").write_text('{"ids": [], "nextid": 1}')
     with pytest.raises(DataError, match=r"empty.json must (hold structures|be readable by ASE); got"):
         run_tool(convert, tmp_path / "empty.json", "--out", tmp_path / "set")
@@ -321,9 +384,9 @@ def test_missing_input_and_existing_output(tmp_path: Path, make_water, run_tool)
 # ----------------------------------------------------------------------------------------------------------------- real data
 
 
-def test_md17_ethanol(real_data: Path, tmp_path: Path, run_tool, capsys) -> None:
+def test_md17_ethanol(data_dir: Path, tmp_path: Path, run_tool, capsys) -> None:
     words = ["--split", "950,50,1000", "--group", "ethanol"]
-    assert run_tool(convert, real_data / "md17" / "ethanol.npz", "--out", tmp_path / "set", *words) == 0
+    assert run_tool(convert, data_dir / "md17" / "ethanol.npz", "--out", tmp_path / "set", *words) == 0
     assert "energy unit: kcal/mol (recognised: 1.009" in capsys.readouterr().out
     manifest = load_manifest(tmp_path / "set")
     assert [manifest.num_conformers(s) for s in SPLITS] == [950, 50, 1000]
@@ -332,17 +395,17 @@ def test_md17_ethanol(real_data: Path, tmp_path: Path, run_tool, capsys) -> None
     assert (report.errors, report.warnings) == ([], [])
 
 
-def test_3bpa(real_data: Path, tmp_path: Path, run_tool, capsys) -> None:
-    isolated = real_data / "3bpa" / "iso_atoms.xyz"
+def test_3bpa(data_dir: Path, tmp_path: Path, run_tool, capsys) -> None:
+    isolated = data_dir / "3bpa" / "iso_atoms.xyz"
     words = ["--isolated-atoms", isolated, "--group", "3bpa"]
-    assert run_tool(convert, real_data / "3bpa" / "train_300K.xyz", "--out", tmp_path / "set", *words) == 0
+    assert run_tool(convert, data_dir / "3bpa" / "train_300K.xyz", "--out", tmp_path / "set", *words) == 0
     assert "energy unit: eV (ASE's convention)" in capsys.readouterr().out
     statistics = load_manifest(tmp_path / "set").statistics
     assert statistics["isolated_atom_energies"]["8"] == pytest.approx(-2041.98, abs=0.01)
     assert all(-10 < statistics["energy_baselines"][z] - e < 0 for z, e in statistics["isolated_atom_energies"].items())
     raw = {
         g.positions.astype(np.float32).tobytes(): g
-        for g in read_structures(real_data / "3bpa" / "train_300K.xyz", {}).graphs
+        for g in read_structures(data_dir / "3bpa" / "train_300K.xyz", {}).graphs
     }
     for graph in load_all(tmp_path / "set"):
         np.testing.assert_allclose(graph.forces, raw[graph.positions.tobytes()].forces, atol=1e-6)

@@ -129,6 +129,38 @@ def test_a_failure_leaves_nothing_behind(tmp_path: Path, make_water, monkeypatch
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_a_killed_process_left_is_cleared(tmp_path: Path, make_water) -> None:
+    left = tmp_path / ".set.tmp"
+    (left / "content").mkdir(parents=True)
+    (left / "content" / "train-000000.tar").write_bytes(b"half")
+    (left / "so3krates.lock").touch()
+    write(tmp_path / "set", make_water(20))
+    assert [p.name for p in tmp_path.iterdir()] == ["set"]
+    assert "content" not in {p.name for p in (tmp_path / "set").iterdir()}
+
+
+def test_a_hidden_folder_of_somebody_else_is_left_alone(tmp_path: Path, make_water) -> None:
+    (tmp_path / ".set.tmp").mkdir()
+    (tmp_path / ".set.tmp" / "mine").touch()
+    with pytest.raises(
+        DataError, match=r"\.set\.tmp must be free for a data set while it is written; got mine. Remove"
+    ):
+        write(tmp_path / "set", make_water(20))
+    assert (tmp_path / ".set.tmp" / "mine").exists()
+    (tmp_path / ".link.tmp").symlink_to(tmp_path / ".set.tmp")
+    with pytest.raises(DataError, match=r"\.link\.tmp must be free for a data set .*; got no folder"):
+        write(tmp_path / "link", make_water(20))
+
+
+def test_two_processes_do_not_write_the_same_data_set(tmp_path: Path, make_water) -> None:
+    with dataset._temporary_folder(tmp_path / "set") as first:
+        (first / "a").touch()
+        with pytest.raises(DataError, match=r"set must be written by one process at a time; got another one. Wait for"):
+            write(tmp_path / "set", make_water(20))
+        assert (first / "a").exists()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_arrays_in_fortran_order_are_stored_right(tmp_path: Path, make_water) -> None:
     graphs = make_water(10)
     expected = {g.energy: g.forces.astype(np.float32) for g in graphs}

@@ -101,7 +101,7 @@ def test_failures_are_reported_and_isolated_atoms_that_fail_are_left_out(monkeyp
 
 def test_force_field_gives_the_gradient_of_these_positions() -> None:
     """RDKit gives a stale gradient where the energy of the same positions was not computed just before."""
-    field = sampling._ForceField("ethanol", "CCO", 1)
+    field = sampling._ForceField("CCO", 1)
     generator, step = np.random.default_rng(0), 1e-4
     field.compute_forces(field.positions + 0.1 * generator.standard_normal(field.positions.shape))
     positions = field.positions + 0.05 * generator.standard_normal(field.positions.shape)
@@ -115,7 +115,7 @@ def test_force_field_gives_the_gradient_of_these_positions() -> None:
 def test_dynamics_have_the_temperature_they_were_asked_for() -> None:
     """Potential energy of nearly harmonic methane: 9 of 15 degrees of freedom vibrate, kT/2 each."""
     molecule = Molecule("methane", np.array([6, 1, 1, 1, 1]), smiles="C")
-    field = sampling._ForceField("methane", "C", 1)
+    field = sampling._ForceField("C", 1)
     rest = field._field.CalcEnergy()
     means = {}
     for level in (100.0, 400.0):
@@ -136,10 +136,30 @@ def test_samples_depend_on_seed_molecule_level_and_trajectory_alone() -> None:
 
 
 def test_molecules_without_a_conformer_are_named() -> None:
-    with pytest.raises(SamplingError, match="knot: ETKDG found no conformer of"):
-        sampling._ForceField("knot", "[C@]12(C[C@H]1C2)(F)", 1)
-    with pytest.raises(SamplingError, match="borane: MMFF94 has no parameters for B"):
-        sampling._ForceField("borane", "B", 1)
+    with pytest.raises(SamplingError, match="ETKDG found no conformer of"):
+        sampling._ForceField("[C@]12(C[C@H]1C2)(F)", 1)
+    with pytest.raises(SamplingError, match="MMFF94 has no parameters for B"):
+        sampling._ForceField("B", 1)
+
+
+@pytest.mark.parametrize("wild", [np.nan, 1e200])
+def test_dynamics_that_diverge_are_counted_and_not_labelled(monkeypatch, wild: float) -> None:
+    """From the third sample on the force field gives nonsense (a monkeypatched one stands for it)."""
+    honest, calls = sampling._ForceField.compute_forces, []
+
+    def diverge(self, positions):
+        calls.append(1)
+        sane = len(calls) <= sampling.EQUILIBRATION_STEPS + 2 * sampling.STEPS_PER_SAMPLE + 1
+        return honest(self, positions) if sane else np.full_like(positions, wild) * np.arange(len(positions))[:, None]
+
+    monkeypatch.setattr(sampling._ForceField, "compute_forces", diverge)
+    molecule = Molecule("methane", np.array([6, 1, 1, 1, 1]), smiles="C")
+    task = Task(molecule, "langevin", 300.0, 0, 5, 0)
+    samples = run_task(task)
+    assert [s.labels is None for s in samples] == [False, False, True, True, True]
+    graphs, dropped = generate.sort_out([task], [samples], max_force=20.0)
+    assert len(graphs) == 2
+    assert dropped == {"methane: dynamics diverged": 3}
 
 
 # ---------------------------------------------------------------------------------------------------------- the whole
@@ -215,8 +235,11 @@ def test_the_built_in_molecules_come_from_g2_where_rdkit_is_missing(tmp_path: Pa
     assert len(without) == 10
     assert "ethanol" in without
     assert all(5 <= len(n) <= 12 and set(n) <= {1, 6, 7, 8} for n in without.values())
-    assert generate.run(parse("--out", tmp_path / "set", "--num-conformers", 20, "--split", "20,0,0")) == 0
-    assert "RDKit is not installed: the built-in molecules come from ASE's g2 set" in capsys.readouterr().out
+    words = ("--num-conformers", 20, "--split", "20,0,0", "--temperatures", 300)
+    assert generate.run(parse("--out", tmp_path / "set", *words)) == 0
+    text = capsys.readouterr().out
+    assert "RDKit is not installed: the built-in molecules come from ASE's g2 set" in text
+    assert "; --temperatures has no effect\n" in text
     assert load_manifest(tmp_path / "set").provenance["sampling"]["displacements_angstrom"] == [0.02, 0.05]
 
 
@@ -272,6 +295,12 @@ def test_worker_processes_have_one_thread_and_the_environment_is_restored(monkey
     assert "MKL_NUM_THREADS" not in os.environ
 
 
+def test_help_says_what_held_out_means() -> None:
+    parser = argparse.ArgumentParser(formatter_class=argparse.RawDescriptionHelpFormatter)
+    generate.add_arguments(parser)
+    assert "what is held out for validation and test are other frames of" in parser.format_help()
+
+
 # ------------------------------------------------------------------------------------------------- what a user can do wrong
 
 
@@ -288,12 +317,24 @@ def test_a_worker_that_dies_is_an_error_and_no_hang() -> None:
         generate.label(tasks, (1,), 1, kill)
 
 
-def test_a_molecule_without_conformer_is_an_error() -> None:
-    tasks = [Task(Molecule("borane", np.array([5, 1, 1, 1]), smiles="B"), "langevin", 300.0, 0, 1, 0)]
-    with pytest.raises(
-        DataError, match="molecule must have a conformer to start from; got borane: MMFF94 has no parameters"
-    ):
-        generate.label(tasks, (1,), 1, lambda _: None)
+def test_a_molecule_without_conformer_is_counted_and_the_others_go_on() -> None:
+    borane = Task(Molecule("borane", np.array([5, 1, 1, 1]), smiles="B"), "langevin", 300.0, 0, 2, 0)
+    tasks, done = [borane, Task(WATER, "rattle", 0.02, 0, 1, 0)], []
+    samples, _ = generate.label(tasks, (1,), 1, done.append)
+    assert done == [2, 1]
+    graphs, dropped = generate.sort_out(tasks, samples, max_force=20.0)
+    assert [g.group for g in graphs] == ["water"]
+    assert dropped == {"borane: MMFF94 has no parameters for B": 2}
+
+
+def test_no_labels_at_all_are_an_error_with_the_reasons() -> None:
+    tasks = [Task(Molecule(f"m{n}", np.array([2]), smiles="[He]"), "langevin", 300.0, 0, n + 1, 0) for n in range(12)]
+    samples = [[Sample(np.zeros((1, 3)), None, "SCF")] * task.count for task in tasks]
+    message = r"labelling must leave at least one conformer; got 12 times m11: SCF; 11 times m10: SCF; .*; and 2 more"
+    with pytest.raises(DataError, match=message):
+        generate.sort_out(tasks, samples, max_force=20.0)
+    with pytest.raises(DataError, match=r"got 1 times m0: SCF. Correct or replace the molecules"):
+        generate.sort_out(tasks[:1], samples[:1], max_force=20.0)
 
 
 @pytest.mark.parametrize(
@@ -304,11 +345,17 @@ def test_a_molecule_without_conformer_is_an_error() -> None:
         (["--temperatures", "300", "-5"], r"--temperatures must be above 0 K; got \[300.0, -5.0\]"),
         (["--temperatures", "nan"], r"--temperatures must be above 0 K; got \[nan\]"),
         (["--temperatures", "300", "300"], "--temperatures must be different"),
+        (["--max-force", "nan"], "--max-force must be a positive, finite number of eV/Å; got nan"),
+        (["--max-force", "-3"], "--max-force must be a positive, finite number of eV/Å; got -3.0"),
+        (["--geometries", "a.xyz", "--num-conformers", "5"], "--num-conformers must not be given with --geom.*; got 5. Leave"),
+        (["--geometries", "a.xyz", "--temperatures", "300"], r"--temperatures must not be given with --geom.*; got \[300.0\]"),
+        (["--g2", "--temperatures", "300"], "--temperatures must not be given with --g2, where no dynamics are run"),
+        (["--s22", "--temperatures", "300"], "--temperatures must not be given with --s22, where no dynamics are run"),
         (["--split", "1,1"], "--split must be three numbers"),
         (["--smiles", "nothing.smi"], "nothing.smi must be a file of SMILES; got nothing there"),
         (["--geometries", "nothing.xyz"], "nothing.xyz must be a file; got nothing there"),
     ],
-)
+)  # fmt: skip
 def test_bad_options(tmp_path: Path, words: list[str], message: str) -> None:
     with pytest.raises(DataError, match=message):
         generate.run(parse("--out", tmp_path / "set", *words))
@@ -337,12 +384,20 @@ def test_bad_smiles(tmp_path: Path, text: str, message: str) -> None:
         molecules.load_smiles(tmp_path / "a.smi")
 
 
+def test_files_that_are_no_utf8_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.smi").write_bytes("C méthane".encode("latin-1"))
+    with pytest.raises(DataError, match=r"a.smi must be text in UTF-8; got 'utf-8' codec can't decode .*. Save it as"):
+        molecules.load_smiles(tmp_path / "a.smi")
+
+
 @pytest.mark.parametrize(
     ("atoms", "message"),
     [
         (ase.Atoms("CH", [[0, 0, 0], [0, 0, 1.1]]), r"a.xyz:0 CH CH must have as many paired electrons .*; got 7 electrons with 0"),
         (ase.Atoms("H2", [[0, 0, 0], [0, 0, 0.1]]), r"a.xyz:0 H2 must have its atoms at least 0.3 Å apart; got 0.100 Å"),
         (ase.Atoms("H2", [[0, 0, 0], [0, 0, 0.7]], cell=[5, 5, 5], pbc=True), "a.xyz:0 H2 must be a molecule; got a periodic"),
+        (ase.Atoms("CeF3", 2.1 * np.array([[0, 0, 0], [1, 0, 0], [-0.5, 0.87, 0], [-0.5, -0.87, 0]])),
+         "a.xyz:0 CeF3 must have no lanthanide from Ce to Lu; got Ce. Remove it: GFN2-xTB has 4f electrons in the core"),
         (ase.Atoms("U", [[0, 0, 0]]), r"a.xyz:0 U must have elements that GFN2-xTB knows \(H to Rn\); got U"),
     ],
 )  # fmt: skip

@@ -100,6 +100,7 @@ def edit_manifest(folder: Path, edit) -> None:
         (lambda m: m["splits"]["num_conformers"].update(test=9), "must count the conformers of each split"),
         (lambda m: m["statistics"].update(elements=[1]), "must list the training elements, [1, 8]; got [1]"),
         (lambda m: m["splits"].update(seed=4), "be in the split of its hash"),
+        (lambda m: m["splits"].pop("seed"), "must give the seed of the split; got None"),
         (lambda m: m["splits"].update(upper_bounds={}), "must give the hash that ends each split; got {}"),
         (lambda m: m["shards"][0]["blocks"]["num_conformers"].__setitem__(0, 99), "must hold 99 conformers"),
     ],
@@ -122,6 +123,8 @@ def test_keys_of_the_tar_that_the_manifest_does_not_list_are_found(folder: Path)
     [
         ({"energy": np.nan}, "must have finite energy; got nan or infinity"),
         ({"forces": np.full((3, 3), np.nan)}, "must have finite forces"),
+        ({"positions": np.full((3, 3), np.nan)}, "must have finite positions"),
+        ({"total_charge": np.nan}, "must have finite total_charge"),
         ({"positions": np.zeros((3, 3))}, "must have its atoms at least 0.3 Å apart; got 0.000 Å"),
         ({"total_charge": 1.0}, "must have as many paired electrons as come in pairs; got 9 electrons"),
     ],
@@ -156,6 +159,12 @@ def test_large_forces_outliers_units_and_new_elements_are_warnings(
     assert "the data set has energies that fall where the forces say they rise" in text
     assert run_tool(validate, folder, "--max-force", "1e-6") == 0
     assert "warning: and " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-1"])
+def test_limits_that_are_none_are_refused(folder: Path, run_tool, value: str) -> None:
+    with pytest.raises(DataError, match="--max-force must be a positive, finite number of eV/Å; got"):
+        run_tool(validate, folder, f"--max-force={value}")
 
 
 def test_sets_without_energies_are_valid(tmp_path: Path, make_water) -> None:

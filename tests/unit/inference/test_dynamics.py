@@ -10,7 +10,7 @@ import pytest
 from analytic import label, make_cluster, make_morse, make_run, write_dataset
 from ase import Atoms
 from ase.calculators.lj import LennardJones
-from PIL import Image
+from matplotlib.image import imread
 
 from so3krates_dist.errors import CheckpointError, ConfigError, DataError
 from so3krates_dist.graph import Graph
@@ -139,8 +139,23 @@ def test_files(tmp_path: Path) -> None:
     np.testing.assert_allclose(frames[-1].positions, result.frames[-1].positions, atol=1e-7)
     np.testing.assert_allclose(frames[-1].get_forces(), result.frames[-1].get_forces(), atol=1e-7)
     np.testing.assert_allclose(frames[-1].get_momenta(), result.frames[-1].get_momenta(), atol=1e-6)
-    with Image.open(tmp_path / "dynamics/nve.png") as picture:
-        assert picture.size == (1050, 750)
+    assert imread(tmp_path / "dynamics/nve.png").shape[:2] == (750, 1050)
+    names = ["nve.json", "nve.png", "trajectory.xyz"]
+    assert sorted(p.name for p in (tmp_path / "dynamics").iterdir()) == names, "no temporary file is left"
+
+
+def test_a_failure_while_writing_leaves_the_older_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = run_nve(make_morse(), make_start(), picoseconds=0.01)
+    write_nve(result, tmp_path, "first", {"structure": "first"})
+    before = {name: (tmp_path / name).read_bytes() for name in ("nve.json", "nve.png", "trajectory.xyz")}
+
+    def fail(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(dynamics, "_plot_nve", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_nve(result, tmp_path, "second", {"structure": "second"})
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
 
 
 def make_splits() -> dict[str, list[Graph]]:
@@ -192,7 +207,7 @@ def test_verb_starts_from_a_molecule(run_folder: Path, capsys: pytest.CaptureFix
     assert code == 0
     assert "energy drift (meV/atom per ps)" in output
     assert str(run_folder / "dynamics") in output
-    content = json.loads((run_folder / "dynamics/nve.json").read_text())
+    content = json.loads((run_folder / "dynamics/small-50K-0.01ps/nve.json").read_text())
     assert content["structure"] == "small"
     assert content["num_atoms"] == 3
     assert content["dtype"] == "float64"
@@ -202,8 +217,35 @@ def test_verb_starts_from_a_file(run_folder: Path, tmp_path: Path) -> None:
     ase.io.write(tmp_path / "start.xyz", make_start(num_atoms=4))
     words = (run_folder, "--structure", tmp_path / "start.xyz", "--picoseconds", 0.01, "--dtype", "float32")
     assert dynamics.run(parse(*words)) == 0
-    content = json.loads((run_folder / "dynamics/nve.json").read_text())
+    content = json.loads((run_folder / "dynamics/start-0.01ps-float32/nve.json").read_text())
     assert (content["structure"], content["num_atoms"], content["dtype"]) == ("start", 4, "float32")
+
+
+@pytest.mark.parametrize(
+    ("words", "name", "expected"),
+    [
+        ([], "ethanol", "run/dynamics"),
+        ([], "large", "run/dynamics"),
+        (["--molecule", "ethanol", "--device", "auto"], "ethanol", "run/dynamics"),
+        (["--molecule", "water"], "water", "run/dynamics/water"),
+        (["--structure", "ethanol.xyz"], "ethanol", "run/dynamics/ethanol"),
+        (["--temperature", 500], "ethanol", "run/dynamics/ethanol-500K"),
+        (["--timestep", 0.25, "--seed", 3], "large", "run/dynamics/large-0.25fs-seed3"),
+        (["--molecule", "a/../b c"], "a/../b c", "run/dynamics/a_.._b_c"),
+        (["--molecule", "water", "--out", "there", "--seed", 1], "water", "there"),
+    ],
+)
+def test_results_of_other_molecules_and_settings_have_folders_of_their_own(
+    words: list[object], name: str, expected: str
+) -> None:
+    assert dynamics.choose_folder(parse("run", *words), name) == Path(expected)
+
+
+def test_verb_writes_where_it_is_told(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert dynamics.run(parse(run_folder, "--picoseconds", 0.01, "--out", tmp_path / "there/it/is")) == 0
+    assert (tmp_path / "there/it/is/nve.json").is_file()
+    assert f"written to {tmp_path / 'there/it/is'}\n" in capsys.readouterr().out
+    assert not (run_folder / "dynamics").exists()
 
 
 def test_verb_refuses_what_is_no_structure(run_folder: Path, tmp_path: Path) -> None:

@@ -77,7 +77,8 @@ def test_a_run_folder_is_described(run_folder, capsys):
     assert main(["info", str(run_folder)]) == 0
     out = capsys.readouterr().out
     for text in (
-        "mine", "here", "step_00000020", "run.json: data_fingerprint", "0123456789abcdef", "run.json: package_version", "1.2.3", "train at step 20", "loss 1", "validation at step 10",
+        "mine", "here", "step_00000020", "run.json: data_fingerprint", "0123456789abcdef",
+        "run.json: package_version", "1.2.3", "train at step 20", "loss 1", "validation at step 10",
         "forces_mae 0.25", "none yet", "evaluation/parity_forces.png",
     ):  # fmt: skip
         assert text in out, text
