@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -47,7 +48,7 @@ _COLUMNS: Final[dict[str, tuple[bool, str, tuple[int, ...]]]] = {
     "total_charge": (False, "float32", ()),
     "num_unpaired_electrons": (False, "float32", ()),
 }
-_ALWAYS: Final = ("atomic_numbers", "positions", "total_charge", "num_unpaired_electrons")
+_ALWAYS: Final = ("atomic_numbers", "positions", "total_charge", "num_unpaired_electrons", "group")
 
 
 def encode_block(graphs: Sequence[Graph]) -> bytes:
@@ -130,14 +131,17 @@ def decode_block(payload: bytes, where: str = "block") -> Block:
     counts = columns.get("num_atoms", np.zeros(0, np.int32)).astype(np.int64)
     offsets = np.concatenate([[0], np.cumsum(counts)])
     _check_columns(columns, len(counts), int(offsets[-1]), where)
-    return Block(columns, offsets, tuple(header["groups"]))
+    groups = tuple(str(g) for g in header.get("groups", ()))
+    if columns["group"].size and not 0 <= int(columns["group"].min()) <= int(columns["group"].max()) < len(groups):
+        raise _damaged(f"{where} column `group`", f"count the {len(groups)} groups", columns["group"].tolist()[:8])
+    return Block(columns, offsets, groups)
 
 
 def _check_columns(columns: Mapping[str, np.ndarray], num_conformers: int, num_atoms: int, where: str) -> None:
     for name in _ALWAYS:
         if name not in columns:
             raise _damaged(where, f"have the column `{name}`", ", ".join(sorted(columns)))
-    for name, (per_atom, dtype, row) in _COLUMNS.items():
+    for name, (per_atom, dtype, row) in (_COLUMNS | {"group": (False, "int32", ())}).items():
         expected = (num_atoms if per_atom else num_conformers, *row)
         column = columns.get(name)
         if column is not None and (column.shape != expected or column.dtype != np.dtype(dtype)):
@@ -170,8 +174,9 @@ def decode_sample(sample: dict[str, Any]) -> dict[str, Any]:
 
 def iter_shard(path: Path) -> Iterator[tuple[str, Block]]:
     """Read one shard from front to back through WebDataset, in the order it was written."""
+    # A list, so that braces in a name mean nothing; an absolute path, so that no name can be a command (`pipe:...`).
     dataset = webdataset.WebDataset(
-        str(path),
+        [str(path.resolve())],
         shardshuffle=False,
         nodesplitter=lambda urls: urls,
         workersplitter=lambda urls: urls,
@@ -261,6 +266,8 @@ def _shard_to_json(shard: ShardEntry) -> dict[str, Any]:
 
 
 def _shard_from_json(entry: Mapping[str, Any]) -> ShardEntry:
+    if not re.fullmatch(r"[A-Za-z0-9_-]+\.tar", entry["file"]):
+        raise ValueError(f"a shard is called {entry['file']!r}")
     names = [f.name for f in dataclasses.fields(BlockEntry)]
     rows = zip(*(entry["blocks"][n] for n in names), strict=True)
     blocks = tuple(BlockEntry(**dict(zip(names, row, strict=True))) for row in rows)

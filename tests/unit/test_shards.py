@@ -270,3 +270,34 @@ def test_the_stored_data_set_of_schema_1_keeps_loading(tmp_path: Path) -> None:
     assert np.linalg.norm(first.dipole) == pytest.approx(0.4, abs=0.2)
     shutil.copytree(FIXTURE, tmp_path / "copy")
     assert load_manifest(tmp_path / "copy").fingerprint == manifest.fingerprint
+
+
+def test_the_name_of_a_file_is_never_a_command(tmp_path, monkeypatch):
+    """WebDataset runs what follows `pipe:` in a shell; a manifest from elsewhere must not be able to say so."""
+    monkeypatch.chdir(tmp_path)
+    evil = Path("pipe:touch HACKED")
+    with pytest.raises(FileNotFoundError):
+        list(iter_shard(evil))
+    assert not (tmp_path / "HACKED").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["pipe:touch HACKED", "../train-000000.tar", "/train.tar", "train.tar.gz", "a{b,c}.tar"]
+)
+def test_a_manifest_names_plain_tar_files_only(tmp_path, name):
+    folder = tmp_path / "set"
+    shutil.copytree(FIXTURE, folder)
+    content = json.loads((folder / "manifest.json").read_text())
+    content["shards"][0]["file"] = name
+    (folder / "manifest.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match=r"manifest\.json must be a manifest; got ValueError: a shard is called"):
+        load_manifest(folder)
+
+
+def test_braces_in_a_folders_name_mean_nothing(tmp_path):
+    folder = tmp_path / "a{b,c} d"
+    shutil.copytree(FIXTURE, folder)
+    shard = load_manifest(folder).shards[0]
+    assert sum(len(block) for _, block in iter_shard(folder / shard.file)) == sum(
+        b.num_conformers for b in shard.blocks
+    )

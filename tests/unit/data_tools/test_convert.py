@@ -230,7 +230,7 @@ def test_isolated_atoms_that_are_none_are_refused(tmp_path: Path, make_water, ru
         ({"z": np.array([[8, 1, 1]] * 7 + [[8, 1, -1]] + [[8, 1, 1]] * 12)}, [], "water.npz:7 must have whole atomic .*; got -1"),
         ({"z": np.array([6.5, 1, 1])}, [], "water.npz:0 must have whole atomic numbers .*; got 6.5"),
         ({"z": np.array([200, 1, 1])}, [], "water.npz:0 must have whole atomic numbers .*; got 200. Correct the file or --keys"),
-        ({"z": np.array([0, 0, 0])}, ["--energy-unit", "eV", "--length-unit", "Angstrom"], "water.npz:0 structure must have atomic"),
+        ({"z": np.array([0, 0, 0])}, ["--energy-unit", "eV", "--length-unit", "Angstrom"], "npz:0 structure must have atomic"),
         ({"uhf": np.ones(20)}, [], "water.npz:0 H2O must have as many paired .*; got 10 electrons with 1 unpaired at charge 0"),
         ({"Q": np.full(20, np.nan)}, [], "water.npz:0 H2O must have finite total_charge; got nan or infinity"),
         ({"cell": np.full((3, 3), np.nan)}, [], "water.npz:0 H2O must have finite cell; got nan or infinity"),
