@@ -8,7 +8,7 @@ import functools
 import signal
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -32,6 +32,10 @@ def _list_blocks(manifest: Manifest, split: str) -> list[tuple[ShardEntry, Block
             "Make the data set with a larger share for it",
         )
     return blocks
+
+
+MAX_KEPT_ATOMS: Final = 200_000
+"""A training split of at most so many atoms stays in memory, with its neighbour pairs (some 16 bytes each, 13 an atom)"""
 
 
 class TrainingStream(Dataset[list[GraphBatch]]):
@@ -59,6 +63,8 @@ class TrainingStream(Dataset[list[GraphBatch]]):
         per_micro = per_rank // micro_batches
         self._lanes = [own[i : i + per_micro] for i in range(0, per_rank, per_micro)]
         self._window: tuple[int, int] | None = None
+        self._keeps = sum(b.num_atoms for _, b in self._blocks) <= MAX_KEPT_ATOMS
+        self._kept: dict[tuple[int, int], Graph] = {}
         self._lane_graphs: dict[int, list[list[Graph]]] = {}
 
     def __getitem__(self, step: int) -> list[GraphBatch]:
@@ -70,8 +76,18 @@ class TrainingStream(Dataset[list[GraphBatch]]):
         batches = []
         for lanes in self._lanes:
             graphs = [g for lane in lanes for g in self._lane_graphs[lane][place.slot]]
-            batches.append(collate([build_neighbors(g, self._cutoff) for g in graphs]))
+            batches.append(collate([self._add_pairs(g) for g in graphs]))
         return batches
+
+    def _add_pairs(self, graph: Graph) -> Graph:
+        """Return a conformer with its pairs, found the first time it is used where conformers are kept."""
+        if graph.pair_first is not None:
+            return graph
+        complete = build_neighbors(graph, self._cutoff)
+        if self._keeps:
+            graph.pair_first, graph.pair_second = complete.pair_first, complete.pair_second
+            graph.pair_shifts = complete.pair_shifts
+        return complete
 
     def _load_window(self, place: Place) -> dict[int, list[list[Graph]]]:
         """Read the blocks of this process's lanes; return for each lane the conformers of each slot."""
@@ -80,10 +96,16 @@ class TrainingStream(Dataset[list[GraphBatch]]):
         def read(block: int) -> Block:
             return self._reader.read(*self._blocks[block])
 
+        def get(block: int, index: int) -> Graph:
+            graph = self._kept.get((block, index)) or read(block).graph(index)
+            if self._keeps:
+                self._kept[block, index] = graph
+            return graph
+
         lanes: dict[int, list[list[Graph]]] = {}
         for lane in (lane for group in self._lanes for lane in group):
             rows = self.plan.rows_of_lane(place, lane)
-            graphs = [read(int(block)).graph(int(index)) for block, index in rows]
+            graphs = [get(int(block), int(index)) for block, index in rows]
             costs = np.array([estimate_cost(g.num_atoms) for g in graphs])
             slots = self.plan.slots_of_lane(place, lane, costs)
             dealt: list[list[Graph]] = [[] for _ in range(self.plan.num_slots(place))]

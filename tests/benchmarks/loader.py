@@ -1,8 +1,9 @@
 """How many conformers per second and core come out of the loader alone, from shards to batches with neighbour pairs.
 
-    OMP_NUM_THREADS=1 python tests/benchmarks/loader.py DATA_FOLDER [section.key=value ...]
+    OMP_NUM_THREADS=1 python tests/benchmarks/loader.py DATA_FOLDER [--read-anew] [section.key=value ...]
 
-Runs two epochs (at least 200 steps) in one process without workers; the first epoch is not counted. Results: loader.md.
+`--read-anew` reads and pairs every conformer in every epoch, as a data set too large to keep is. Runs two epochs (at least 200
+steps) in one process without workers; the first epoch is not counted. Results: loader.md.
 """
 
 import sys
@@ -10,12 +11,16 @@ import time
 from pathlib import Path
 
 from so3krates_dist.config import load_config
+from so3krates_dist.data import stream as stream_module
 from so3krates_dist.data.shards import check_dataset
 from so3krates_dist.data.stream import TrainingStream
 
 
 def main(folder: Path, settings: list[str]) -> None:
     """Print the rate of the loader and what it was measured on."""
+    if "--read-anew" in settings:
+        settings.remove("--read-anew")
+        stream_module.MAX_KEPT_ATOMS = 0
     config = load_config([f"data.folder={folder}", *settings])
     manifest = check_dataset(folder)
     stream = TrainingStream(folder, manifest, config, rank=0, world_size=1)

@@ -117,7 +117,7 @@ CASES: list[Case] = [
      r"this run, where model\.degrees is \[1, 2, 3, 4\]; got another run, with \[1, 2\]\."),
     ("another seed", lambda d, r: ["run.seed=5"], EXIT_FAILURE, r"where run\.seed is 5; got another run, with 0\."),
     ("a folder of other things", _write_foreign_file, EXIT_FAILURE, r"must be empty or hold a run; got other files\."),
-    ("a file for a folder", _make_file, EXIT_FAILURE, r"run\.folder .*must be a folder; got a file\."),
+    ("a file for a folder", _make_file, EXIT_FAILURE, r"run\.folder .*must be a folder that can be written to; got File exists\."),
     ("a lost identity", lambda d, r: [(r / "run.json").write_text("[]") and "run.name=x"], EXIT_FAILURE,
      r"must hold a readable run\.json; got TypeError\."),
     ("no configuration", lambda d, r: [(r / "config.yaml").unlink() or "run.name=x"], EXIT_CONFIG,

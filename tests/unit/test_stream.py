@@ -1,5 +1,6 @@
 """The stream: global batches are the same for any number of processes, portions and workers, and nothing is lost on the way."""
 
+import dataclasses
 import os
 import signal
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from interruptions import flip_byte
 from training_setup import make_config, make_dataset
 
+from so3krates_dist.data import stream as stream_module
 from so3krates_dist.data.shards import load_manifest
 from so3krates_dist.data.stream import (
     TrainingStream,
@@ -193,3 +195,16 @@ def test_the_cost_grows_with_the_atoms() -> None:
     assert estimate_cost(1) == 3.0
     assert estimate_cost(9) == 9 * (8 + 6) / 2
     assert estimate_cost(200) == 2 * estimate_cost(100) == 200 * 33 / 2
+
+
+def test_keeping_conformers_changes_nothing(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = make_stream(dataset)
+    monkeypatch.setattr(stream_module, "MAX_KEPT_ATOMS", 0)
+    read_anew = make_stream(dataset)
+    for step in range(2 * kept.plan.steps_per_epoch + 1):
+        for one, other in zip(kept[step], read_anew[step], strict=True):
+            for field in dataclasses.fields(one):
+                a, b = getattr(one, field.name), getattr(other, field.name)
+                assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, field.name
+    assert kept._kept
+    assert not read_anew._kept
