@@ -56,9 +56,10 @@ def run_training(config: RunConfig) -> int:
     device = choose_device(config.train.device, rank)
     manifest = _check_data(config, hashes=config.data.verify == "sha256" and rank.is_main)
     folder = RunFolder(config)
+    folder.check(manifest.fingerprint)
     if rank.is_main:
         folder.acquire()
-    folder.check(manifest.fingerprint)
+        folder.check(manifest.fingerprint)  # again: another run may have come first
     checkpoint, complaints = find_checkpoint(folder.path / "checkpoints") if rank.is_main else (None, [])
     tune_machine(count_threads(config.run.threads, rank.local_world_size), device)
     start_processes(rank, device)
@@ -84,6 +85,9 @@ def _check_data(config: RunConfig, hashes: bool) -> Manifest:
     if manifest.num_conformers("validation"):
         held_out = {int(z) for g in iter_graphs(folder, manifest, "validation") for z in g.atomic_numbers}
         check_elements(held_out, manifest.statistics["elements"], f"{folder} validation split")
+    ModelStatistics.from_manifest(
+        manifest.statistics, config.model.cutoff
+    )  # refuses what the model cannot be built from
     return manifest
 
 
