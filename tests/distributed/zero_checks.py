@@ -28,6 +28,12 @@ MICRO_BATCHES = {6: 1, 2: 2, 1: 1}
 Findings = dict[str, dict[str, Any]]
 
 
+def do_step(training: Training, step: int, batches: list[GraphBatch]) -> dict[str, float]:
+    """Do what the loop does with the micro-batches of a step."""
+    counts, _ = training.agree(batches, None, False)
+    return training.train_step(step, batches, counts)
+
+
 class PlainTraining:
     """The same training without DeepSpeed and without processes: the definition that the engine is measured by."""
 
@@ -131,7 +137,7 @@ class Checks:
         finding = {"loss": 0.0, "norm": 0.0, "atoms": [], "graphs": [], "clipped": 0}
         for step, (loss, norm) in enumerate(facts):
             batches = training.stream[step]
-            found = training.train_step(step, batches, False)
+            found = do_step(training, step, batches)
             finding["loss"] = max(finding["loss"], abs(found["loss"] / loss - 1))
             finding["norm"] = max(finding["norm"], abs(found["gradient_norm"] / norm - 1))
             finding["atoms"].append(sum(len(b.atomic_numbers) for b in batches))
@@ -149,7 +155,7 @@ class Checks:
         for stage in STAGES:
             training = self.build(f"train.zero_stage={stage}")
             for step in range(3):
-                training.train_step(step, training.stream[step], False)
+                do_step(training, step, training.stream[step])
             states[f"{self.rank.world_size} processes, stage {stage}"] = self.gather(training)
             if self.rank.is_main:
                 path = self.folder.parent / f"{self.rank.world_size} processes, stage {stage}.safetensors"
@@ -176,7 +182,7 @@ class Checks:
             self.rank.world_size,
         )  # fmt: skip
         for step in range(3, 6):
-            loaded.train_step(step, stream[step], False)
+            do_step(loaded, step, stream[step])
         after = self.gather(loaded)
         deviation = max(float((after[n] - w).abs().max()) for n, w in expected.items())
         return {"weights": deviation, "steps": int(after["optimizer_steps"])}
@@ -189,18 +195,18 @@ class Checks:
             for damage in DAMAGES if micro == 2 else ("nan position",):
                 training = self.build(f"train.zero_stage={stage}", f"train.micro_batches={micro}")
                 for step in range(3):
-                    training.train_step(step, training.stream[step], False)
+                    do_step(training, step, training.stream[step])
                 before = self.gather(training)
                 batches = training.stream[3]
                 if self.rank.rank == self.rank.world_size - 1:
                     DAMAGES[damage](batches[0])
-                facts = training.train_step(3, batches, False)
+                facts = do_step(training, 3, batches)
                 finding: dict[str, Any] = {
                     "applied": facts["applied"],
                     "differences": find_differences(before, self.gather(training)),
                 }
                 for step in (4, 5):
-                    training.train_step(step, training.stream[step], False)
+                    do_step(training, step, training.stream[step])
                 after = self.gather(training)
                 finding["weights"] = max(float((after[n] - w).abs().max()) for n, w in expected.items())
                 findings[f"{damage}, stage {stage}, {micro} micro-batches"] = finding
