@@ -7,7 +7,6 @@ no conformer to another split (with fractions). A folder appears under its name 
 import contextlib
 import dataclasses
 import fcntl
-import os
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,7 +17,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from so3krates_dist import __version__
+from so3krates_dist import __version__, files
 from so3krates_dist.data import shards
 from so3krates_dist.data.statistics import compute_statistics, hash_geometry
 from so3krates_dist.errors import DataError
@@ -115,7 +114,7 @@ def describe_versions(*packages: str) -> dict[str, str]:
 
 def describe_source(path: Path) -> dict[str, str]:
     """Return name and sha256 of a file that data came from; folders above it are nobody's business."""
-    return {"file": path.name, "sha256": shards.hash_file(path)}
+    return {"file": path.name, "sha256": files.hash_file(path)}
 
 
 def write_dataset(  # noqa: PLR0913 - a manifest has that many independent entries
@@ -184,7 +183,7 @@ def write_dataset(  # noqa: PLR0913 - a manifest has that many independent entri
             provenance=dict(provenance) | {"dropped": {k: n for k, n in sorted(dropped.items()) if n}},
             shards=_write_splits(temporary, {part: by_split[part] for part in shards.SPLITS}),
         )
-        _write_text(temporary / shards.MANIFEST_NAME, shards.dump_manifest(manifest))
+        files.write_text(temporary / shards.MANIFEST_NAME, shards.dump_manifest(manifest))
         _verify(temporary, by_split)
         _rename_into_place(temporary, folder)
     return manifest
@@ -289,26 +288,11 @@ def _temporary_folder(folder: Path) -> Iterator[Path]:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _write_text(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def _rename_into_place(temporary: Path, folder: Path) -> None:
-    _sync_folder(temporary)
+    files.sync_folder(temporary)
     check_output_folder(folder)
     temporary.rename(folder)
-    _sync_folder(folder.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    files.sync_folder(folder.parent)
 
 
 def iter_dataset(folder: Path, manifest: shards.Manifest, split: str) -> Iterator[Graph]:

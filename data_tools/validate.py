@@ -17,6 +17,7 @@ import numpy as np
 from data_tools import gate
 from data_tools.console import say
 from data_tools.dataset import check_block_counts, find_split
+from so3krates_dist import files
 from so3krates_dist.data import shards
 from so3krates_dist.data.statistics import hash_geometry
 from so3krates_dist.errors import EXIT_DATA, EXIT_DONE, DataError
@@ -117,7 +118,7 @@ def _check_shard(folder: Path, shard: shards.ShardEntry, report: Report) -> None
     path = folder / shard.file
     if not path.is_file():
         report.error(str(path), "be there, the manifest lists it", "no such file", "Copy the data set again")
-    elif (found := shards.hash_file(path)) != shard.sha256:
+    elif (found := files.hash_file(path)) != shard.sha256:
         rule = f"have {shard.size} bytes with the sha256 {shard.sha256[:12]}..."
         report.error(str(path), rule, f"{path.stat().st_size} bytes, {found[:12]}...", "Copy the data set again")
 

@@ -22,6 +22,7 @@ import safetensors.numpy
 import webdataset
 
 from so3krates_dist.errors import DataError
+from so3krates_dist.files import hash_file
 from so3krates_dist.graph import Graph
 
 SCHEMA: Final = 1
@@ -331,12 +332,6 @@ def check_dataset(folder: Path, *, hashes: bool = False) -> Manifest:
         if hashes and (found := hash_file(path)) != shard.sha256:
             raise _damaged(str(path), f"have the sha256 {shard.sha256[:12]}...", f"{found[:12]}...")
     return manifest
-
-
-def hash_file(path: Path) -> str:
-    """Return the sha256 of a file as hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class BlockReader:

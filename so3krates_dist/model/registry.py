@@ -6,7 +6,6 @@ provenance). Refuses formats newer than it understands and weights that do not f
 
 import dataclasses
 import json
-import os
 import textwrap
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import nn
 
 from so3krates_dist.config import ModelSection, parse_config, to_plain
 from so3krates_dist.errors import CheckpointError, ConfigError
+from so3krates_dist.files import put_in_place, write_text
 from so3krates_dist.model.euclidean_transformer import EuclideanTransformer
 from so3krates_dist.model.potential import ModelStatistics, Potential
 
@@ -65,16 +65,8 @@ def save_model(
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     temporary = folder / f".{WEIGHTS_NAME}.tmp"
     save_file(tensors, temporary)
-    _replace(temporary, folder / WEIGHTS_NAME)
-    temporary = folder / f".{CONFIG_NAME}.tmp"
-    temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    _replace(temporary, folder / CONFIG_NAME)
-
-
-def _replace(temporary: Path, final: Path) -> None:
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(final)
+    put_in_place(temporary, folder / WEIGHTS_NAME)
+    write_text(folder / CONFIG_NAME, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def read_model_config(path: Path) -> tuple[ModelSection, ModelStatistics, dict[str, Any]]:

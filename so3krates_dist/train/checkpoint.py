@@ -13,7 +13,6 @@ import errno
 import fcntl
 import hashlib
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import IO, Any, Final
@@ -24,6 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from so3krates_dist.config import RunConfig, dump_config, read_config, to_plain
 from so3krates_dist.errors import CheckpointError
+from so3krates_dist.files import hash_file, sync_file, sync_folder, write_text
 
 FORMAT: Final = 1
 """Version of checkpoints; a reader refuses a higher one."""
@@ -147,16 +147,6 @@ def _compare_configs(before: RunConfig, now: RunConfig) -> dict[str, tuple[Any, 
     return {k: (old[k], new[k]) for k in old if old[k] != new[k] and k not in MAY_CHANGE}
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file that is complete under its name or not there at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
 # ----------------------------------------------------------------------------------------------------------- checkpoints
 
 
@@ -181,12 +171,14 @@ def save_checkpoint(folder: Path, state: TrainingState, *, keep: int) -> Path:
     try:
         temporary.mkdir(parents=True)
         save_file(state.tensors, temporary / "state.safetensors")
-        files = {p.name: {"size": p.stat().st_size, "sha256": _hash_and_sync(p)} for p in sorted(temporary.iterdir())}
+        files = {p.name: {"size": p.stat().st_size, "sha256": hash_file(p)} for p in sorted(temporary.iterdir())}
+        for name in files:
+            sync_file(temporary / name)
         best = state.best_score if state.best_score < float("inf") else None
         content: dict[str, Any] = {"format": FORMAT, "step": state.step, "best_score": best, "files": files}
         content["checksum"] = _compute_checksum(content)
         write_text(temporary / MANIFEST_NAME, json.dumps(content, indent=1) + "\n")
-        _sync_folder(temporary)
+        sync_folder(temporary)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(
@@ -199,7 +191,7 @@ def save_checkpoint(folder: Path, state: TrainingState, *, keep: int) -> Path:
     if final.exists():  # left by a run that was resumed from an earlier step: the same step, computed anew
         shutil.rmtree(final)
     temporary.rename(final)
-    _sync_folder(folder)
+    sync_folder(folder)
     write_text(folder / "latest", final.name + "\n")
     # Later steps are damaged: the run has come back to an earlier one. They must not count among those that are kept.
     later = [p for p in list_checkpoints(folder) if p.name > final.name]
@@ -212,20 +204,6 @@ def _compute_checksum(content: dict[str, Any]) -> str:
     """Return the sha256 of a manifest's content; no change of a digit in it goes unnoticed."""
     rest = {k: v for k, v in content.items() if k != "checksum"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-
-
-def _hash_and_sync(path: Path) -> str:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -275,7 +253,7 @@ def _verify(checkpoint: Path) -> str | None:
         path = checkpoint / name
         if not path.is_file() or path.stat().st_size != facts["size"]:
             return f"{name} is missing or cut short"
-        if _hash_and_sync(path) != facts["sha256"]:
+        if hash_file(path) != facts["sha256"]:
             return f"{name} has been altered"
     return None
 

@@ -21,6 +21,7 @@ from so3krates_dist.data.shards import SPLITS, BlockReader, Manifest, check_data
 from so3krates_dist.data.stream import iter_batches
 from so3krates_dist.distributed import Rank, choose_device, reduce_sum
 from so3krates_dist.errors import CheckpointError, DataError, So3kratesError
+from so3krates_dist.files import write_text
 from so3krates_dist.graph import ELEMENT_SYMBOLS, MAX_ATOMIC_NUMBER, FloatArray, GraphBatch
 from so3krates_dist.metrics import METRICS_NAME, print_table, read_metrics
 from so3krates_dist.model.potential import Potential, check_elements
@@ -361,9 +362,7 @@ def _write_results(folder: Path, target: Path, evaluation: Evaluation, manifest:
         "units": {"energy": "eV/atom", "forces": "eV/Angstrom", "stress": "eV/Angstrom^3"},
         **evaluation.to_json(),
     }
-    temporary = target / f".{split}.json.tmp"
-    temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-    temporary.replace(target / f"{split}.json")
+    write_text(target / f"{split}.json", json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     assert evaluation.samples is not None
     _draw_parities(evaluation.samples, manifest, target, f"{manifest.name}, {split} split")
     metrics = folder / METRICS_NAME
