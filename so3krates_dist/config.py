@@ -186,7 +186,7 @@ class TrainSection:
     micro_batches: int = 1
     """portions that a process does one after another per step, to save memory; divides data.lanes / processes"""
     checkpoint_attention: bool = False
-    """compute the attention blocks again in the backward pass; exact, but saves little: the graph of the forces keeps its values"""
+    """compute the attention blocks again in the backward pass; exact; saves 3 % of memory on CPU (tests/benchmarks/memory.md)"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where to compute; auto: a GPU where there is one"""
     log_every: int = 50

@@ -209,7 +209,7 @@ class WandbMirror:
         mode = self._choose_mode(str(wandb.Settings().base_url))
         try:
             self._init(wandb, mode)
-        except Exception as error:
+        except Exception as error:  # wandb raises many kinds when a server or a login is missing
             if mode == "offline":
                 raise
             self._say(f"W&B server not reached ({_first_line(error)}): offline from here on; {self._sync_hint()}")

@@ -47,8 +47,8 @@ def build_deepspeed_config(section: TrainSection, num_weights: int) -> dict[str,
 
     Args:
         section: Of the configuration.
-        num_weights: Of the model. Buckets of that size hold all gradients; DeepSpeed's own default allocates 2 GB in every
-            backward pass, whatever the model.
+        num_weights: Of the model. Buckets of that size hold all gradients; DeepSpeed's default of 5e8 numbers is a buffer of
+            2 GB in every backward pass of stages 1 and 2, whatever the model (read in its stage_1_and_2.py).
     """
     bucket = max(num_weights + num_weights % 2, 2)  # DeepSpeed wants an even number
     return {
