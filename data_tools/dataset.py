@@ -19,6 +19,7 @@ import numpy as np
 
 from so3krates_dist import __version__, files
 from so3krates_dist.data import shards
+from so3krates_dist.data.shards import iter_graphs
 from so3krates_dist.data.statistics import compute_statistics, hash_geometry
 from so3krates_dist.errors import DataError
 from so3krates_dist.graph import Graph
@@ -248,7 +249,7 @@ def _verify(folder: Path, by_split: Mapping[str | None, Sequence[Graph]]) -> Non
     """Read every conformer back from disk and compare it with what was meant to be written."""
     manifest = shards.check_dataset(folder)
     for split in shards.SPLITS:
-        stored = iter_dataset(folder, manifest, split)
+        stored = iter_graphs(folder, manifest, split)
         for index, (wanted, found) in enumerate(zip_longest(by_split[split], stored)):
             if wanted is None or found is None or _to_bytes(wanted) != _to_bytes(found):
                 remedy = "Check the disk, and report it"
@@ -293,14 +294,3 @@ def _rename_into_place(temporary: Path, folder: Path) -> None:
     check_output_folder(folder)
     temporary.rename(folder)
     files.sync_folder(folder.parent)
-
-
-def iter_dataset(folder: Path, manifest: shards.Manifest, split: str) -> Iterator[Graph]:
-    """Yield all conformers of one split in their order on disk."""
-    reader = shards.BlockReader(folder)
-    try:
-        for shard in manifest.of_split(split):
-            for entry in shard.blocks:
-                yield from reader.read(shard, entry)
-    finally:
-        reader.close()

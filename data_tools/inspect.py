@@ -9,10 +9,10 @@ import numpy as np
 
 from data_tools import gate
 from data_tools.console import print_table, say
-from data_tools.dataset import iter_dataset
 from data_tools.validate import compute_residual
 from so3krates_dist.data import shards
 from so3krates_dist.data.neighbors import build_neighbors
+from so3krates_dist.data.shards import iter_graphs
 from so3krates_dist.errors import DataError
 from so3krates_dist.graph import ELEMENT_SYMBOLS, FloatArray, Graph
 
@@ -98,7 +98,7 @@ def draw_picture(folder: Path, manifest: shards.Manifest, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    first = zip(range(_MAX_PICTURE_CONFORMERS), iter_dataset(folder, manifest, "train"), strict=False)
+    first = zip(range(_MAX_PICTURE_CONFORMERS), iter_graphs(folder, manifest, "train"), strict=False)
     graphs = [g for _, g in first if gate.find_problem(g, np.inf) is None]  # `validate` names the others
     residuals = np.array([r for g in graphs if (r := compute_residual(g, manifest)) is not None])
     forces = [np.linalg.norm(g.forces, axis=1) for g in graphs if g.forces is not None]

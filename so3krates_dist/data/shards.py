@@ -373,6 +373,17 @@ class BlockReader:
         return {"_folder": self._folder, "_descriptors": {}}
 
 
+def iter_graphs(folder: Path, manifest: Manifest, split: str) -> Iterator[Graph]:
+    """Yield every conformer of a split once, in the order it was stored."""
+    reader = BlockReader(folder)
+    try:
+        for shard in manifest.of_split(split):
+            for block in shard.blocks:
+                yield from reader.read(shard, block)
+    finally:
+        reader.close()
+
+
 def write_shards(
     folder: Path, split: str, graphs: Iterable[Graph], *, block_size: int, blocks_per_shard: int
 ) -> list[ShardEntry]:

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from so3krates_dist.config import RunConfig
 from so3krates_dist.data.neighbors import build_neighbors
 from so3krates_dist.data.plan import Place, Plan
-from so3krates_dist.data.shards import Block, BlockEntry, BlockReader, Manifest, ShardEntry, load_manifest
+from so3krates_dist.data.shards import Block, BlockEntry, BlockReader, Manifest, ShardEntry, iter_graphs, load_manifest
 from so3krates_dist.errors import DataError, So3kratesError
 from so3krates_dist.graph import Graph, GraphBatch, collate
 
@@ -173,16 +173,6 @@ def _start_worker(_number: int) -> None:
         signal.signal(name, signal.SIG_IGN)
 
 
-def iter_graphs(folder: Path, manifest: Manifest, split: str) -> Iterator[Graph]:
-    """Yield every conformer of a split once, in the order it was stored."""
-    reader = BlockReader(folder)
-    try:
-        for shard, block in _list_blocks(manifest, split):
-            yield from reader.read(shard, block)
-    finally:
-        reader.close()
-
-
 def iter_batches(
     folder: Path, split: str, *, batch_size: int, cutoff: float, rank: int = 0, world_size: int = 1, limit: int = 0
 ) -> Iterator[GraphBatch]:
@@ -201,6 +191,7 @@ def iter_batches(
         DataError: The split is empty, or a shard is damaged.
     """
     manifest = load_manifest(folder)
+    _list_blocks(manifest, split)  # refuses an empty split
     waiting: list[Graph] = []
     number = 0
     for count, graph in enumerate(iter_graphs(folder, manifest, split)):

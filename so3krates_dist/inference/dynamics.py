@@ -10,7 +10,6 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,7 +23,7 @@ from ase.optimize import BFGS
 
 from so3krates_dist import __version__
 from so3krates_dist.config import read_config
-from so3krates_dist.data.shards import SPLITS, BlockReader, Manifest, load_manifest
+from so3krates_dist.data.shards import SPLITS, iter_graphs, load_manifest
 from so3krates_dist.distributed import Rank, choose_device, tune_machine
 from so3krates_dist.errors import CheckpointError, ConfigError, DataError
 from so3krates_dist.graph import FloatArray, Graph
@@ -290,22 +289,12 @@ def find_conformer(dataset: Path, molecule: str | None) -> Graph:
     if molecule not in known:
         listed = ", ".join(known[:20]) + (", ..." if len(known) > 20 else "")
         raise DataError(str(dataset), f"have conformers of `{molecule}`", listed, "Name one of these with --molecule")
-    found = next((g for g in _iter_graphs(dataset, manifest) if g.group == molecule), None)
+    graphs = (g for split in reversed(SPLITS) for g in iter_graphs(dataset, manifest, split))
+    found = next((g for g in graphs if g.group == molecule), None)
     if found is None:
         remedy = "Make the data set again"
         raise DataError(str(dataset), f"hold the conformers of `{molecule}` that its manifest lists", "none", remedy)
     return found
-
-
-def _iter_graphs(dataset: Path, manifest: Manifest) -> Iterator[Graph]:
-    reader = BlockReader(dataset)
-    try:
-        for split in reversed(SPLITS):
-            for shard in manifest.of_split(split):
-                for entry in shard.blocks:
-                    yield from reader.read(shard, entry)
-    finally:
-        reader.close()
 
 
 def make_atoms(graph: Graph) -> Atoms:

@@ -9,8 +9,8 @@ import torch
 
 from so3krates_dist import __version__
 from so3krates_dist.config import RunConfig
-from so3krates_dist.data.shards import Manifest, check_dataset
-from so3krates_dist.data.stream import TrainingStream, build_loader, iter_batches, iter_graphs
+from so3krates_dist.data.shards import Manifest, check_dataset, iter_graphs
+from so3krates_dist.data.stream import TrainingStream, build_loader, iter_batches
 from so3krates_dist.distributed import (
     Rank,
     broadcast_text,

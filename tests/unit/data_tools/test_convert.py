@@ -10,10 +10,9 @@ import pytest
 from ase.calculators.singlepoint import SinglePointCalculator
 
 from data_tools import convert
-from data_tools.dataset import iter_dataset
 from data_tools.readers import read_structures
 from data_tools.validate import validate
-from so3krates_dist.data.shards import SPLITS, load_manifest
+from so3krates_dist.data.shards import SPLITS, iter_graphs, load_manifest
 from so3krates_dist.errors import DataError
 from so3krates_dist.graph import Graph
 from so3krates_dist.units import ENERGY_UNITS, KCAL_PER_MOL_EV, LENGTH_UNITS
@@ -48,7 +47,7 @@ def write_xyz(path: Path, graphs: list[Graph], *, prefix: str | None = None, inf
 
 def load_all(folder: Path) -> list[Graph]:
     manifest = load_manifest(folder)
-    return [g for s in SPLITS for g in iter_dataset(folder, manifest, s)]
+    return [g for s in SPLITS for g in iter_graphs(folder, manifest, s)]
 
 
 def assert_same_structures(found: list[Graph], expected: list[Graph]) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from data_tools import dataset
-from data_tools.dataset import Split, describe_source, find_split, iter_dataset, write_dataset
+from data_tools.dataset import Split, describe_source, find_split, iter_graphs, write_dataset
 from so3krates_dist.data.shards import SPLITS, load_manifest
 from so3krates_dist.errors import DataError
 
@@ -19,13 +19,13 @@ def write(folder: Path, graphs, *, split: str = "0.6,0.2,0.2", seed: int = 0, **
 
 def collect(folder: Path) -> dict[str, list[bytes]]:
     manifest = load_manifest(folder)
-    return {s: [g.positions.tobytes() for g in iter_dataset(folder, manifest, s)] for s in SPLITS}
+    return {s: [g.positions.tobytes() for g in iter_graphs(folder, manifest, s)] for s in SPLITS}
 
 
 def test_every_conformer_is_in_one_split_with_its_labels(tmp_path: Path, make_water) -> None:
     graphs = make_water(50)
     manifest = write(tmp_path / "set", graphs)
-    stored = {g.positions.tobytes(): g for s in SPLITS for g in iter_dataset(tmp_path / "set", manifest, s)}
+    stored = {g.positions.tobytes(): g for s in SPLITS for g in iter_graphs(tmp_path / "set", manifest, s)}
     assert len(stored) == 50 == sum(manifest.num_conformers(s) for s in SPLITS)
     for graph in graphs:
         found = stored[graph.positions.astype(np.float32).tobytes()]
@@ -116,14 +116,14 @@ def test_an_existing_folder_is_refused_and_left_alone(tmp_path: Path, make_water
 
 def test_a_failure_leaves_nothing_behind(tmp_path: Path, make_water, monkeypatch) -> None:
     """The disk gives back other bytes than were written (a monkeypatched reader stands for the broken disk)."""
-    honest = dataset.iter_dataset
+    honest = dataset.iter_graphs
 
     def broken(*arguments):
         for graph in honest(*arguments):
             graph.energy = 0.0
             yield graph
 
-    monkeypatch.setattr(dataset, "iter_dataset", broken)
+    monkeypatch.setattr(dataset, "iter_graphs", broken)
     with pytest.raises(DataError, match="train:0 must be read back as it was written; got something else"):
         write(tmp_path / "set", make_water(20))
     assert list(tmp_path.iterdir()) == []
@@ -167,7 +167,7 @@ def test_arrays_in_fortran_order_are_stored_right(tmp_path: Path, make_water) ->
     for graph in graphs:
         graph.forces = np.asfortranarray(graph.forces)
     manifest = write(tmp_path / "set", graphs, split="10,0,0")
-    for graph in iter_dataset(tmp_path / "set", manifest, "train"):
+    for graph in iter_graphs(tmp_path / "set", manifest, "train"):
         np.testing.assert_array_equal(graph.forces, expected[graph.energy])
 
 

@@ -12,11 +12,10 @@ import numpy as np
 import pytest
 
 from data_tools import generate, molecules, sampling, xtb
-from data_tools.dataset import iter_dataset
 from data_tools.sampling import Molecule, Sample, SamplingError, Task, run_task
 from data_tools.validate import validate
 from data_tools.xtb import Labeller, Labels, XtbError, compute_isolated_atoms
-from so3krates_dist.data.shards import SPLITS, load_manifest
+from so3krates_dist.data.shards import SPLITS, iter_graphs, load_manifest
 from so3krates_dist.errors import DataError
 
 WATER = Molecule("water", np.array([8, 1, 1]), positions=np.array([[0, 0, 0.12], [0, 0.76, -0.48], [0, -0.76, -0.48]]))
@@ -30,7 +29,7 @@ def parse(*words: object) -> argparse.Namespace:
 
 def load_all(folder: Path):
     manifest = load_manifest(folder)
-    return manifest, [g for s in SPLITS for g in iter_dataset(folder, manifest, s)]
+    return manifest, [g for s in SPLITS for g in iter_graphs(folder, manifest, s)]
 
 
 # ------------------------------------------------------------------------------------------------------------- labels

@@ -177,4 +177,4 @@ def test_sets_without_energies_are_valid(tmp_path: Path, make_water) -> None:
 def test_every_split_is_checked(folder: Path) -> None:
     manifest = load_manifest(folder)
     assert {s.split for s in manifest.shards} == set(SPLITS)
-    assert sum(1 for s in SPLITS for _ in dataset.iter_dataset(folder, manifest, s)) == 60
+    assert sum(1 for s in SPLITS for _ in dataset.iter_graphs(folder, manifest, s)) == 60
