@@ -42,7 +42,8 @@ _OUTLIER: Final = 20.0
 """Forces this many times the usual ones are failed calculations"""
 _SAMPLE: Final = 200
 _EPILOG: Final = """\
-Dipoles are taken as e times the length unit; those in Debye have to be converted before.
+Dipoles are taken as e times the length unit; those in Debye have to be converted before. In charged structures their
+origin is the centre of mass.
 """
 
 

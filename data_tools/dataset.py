@@ -29,7 +29,7 @@ BLOCKS_PER_SHARD: Final = 256
 _LOCK: Final = "so3krates.lock"
 _CONTENT: Final = "content"
 _HASHES: Final = 2**64
-_LABELS: Final = ("energy", "forces", "stress", "dipole", "partial_charges")
+_LABELS: Final = ("energy", "forces", "stress", "dipole", "partial_charges", "hirshfeld_ratios")
 _GRAPH_ARRAYS: Final = ("cell", "pbc", *_LABELS)
 
 

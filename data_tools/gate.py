@@ -21,7 +21,7 @@ MIN_DISTANCE: Final = 0.3
 _MIN_CELL_SIZE: Final = 0.1
 """Å; least singular value of the repeating cell vectors. Flatter ones have no volume, and a cell list never ends"""
 _FINITE: Final = ("positions", "cell", "total_charge", "num_unpaired_electrons")
-_FINITE_LABELS: Final = ("energy", "forces", "stress", "dipole", "partial_charges")
+_FINITE_LABELS: Final = ("energy", "forces", "stress", "dipole", "partial_charges", "hirshfeld_ratios")
 SLOPE_BAND: Final = (0.3, 3.0)
 """Separates correct units from every pair of wrong ones on five real sets"""
 _MIN_PAIRS: Final = 10

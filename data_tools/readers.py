@@ -22,6 +22,7 @@ ALIASES: Final[dict[str, tuple[str, ...]]] = {
     "stress": ("stress", "REF_stress", "ref_stress", "DFT_stress", "dft_stress"),
     "dipole": ("dipole", "REF_dipole", "dipole_vec"),
     "partial_charges": ("partial_charges", "charges", "REF_charges"),
+    "hirshfeld_ratios": ("hirshfeld_ratios", "REF_hirshfeld_ratios"),
     "total_charge": ("total_charge", "charge", "Q"),
     "num_unpaired_electrons": ("num_unpaired_electrons", "multiplicity", "spin_multiplicity", "spin", "uhf"),
     "group": ("group", "config_type", "subset"),
@@ -31,7 +32,7 @@ ALIASES: Final[dict[str, tuple[str, ...]]] = {
 _NOT_LABELS: Final = ("group", "total_charge", "num_unpaired_electrons")
 """These have a value where a structure says nothing"""
 
-_OPTIONAL: Final = ("stress", "dipole", "partial_charges")
+_OPTIONAL: Final = ("stress", "dipole", "partial_charges", "hirshfeld_ratios")
 """Labels that are left out as a whole where only some frames have them"""
 
 _NPZ_ALIASES: Final[dict[str, tuple[str, ...]]] = {
@@ -205,6 +206,7 @@ def _shape_labels(values: Mapping[str, Any], num_atoms: int, where: str) -> dict
         "forces": (num_atoms, 3),
         "dipole": (3,),
         "partial_charges": (num_atoms,),
+        "hirshfeld_ratios": (num_atoms,),
         "total_charge": (),
     }
     fields: dict[str, Any] = {}
@@ -283,7 +285,7 @@ def _graph_from_row(row: Mapping[str, Any], size: int, spin_key: str | None, whe
     real = numbers > 0
     labels = {k: v for k, v in row.items() if k in ALIASES}
     fields = _shape_labels(labels, size, where)
-    for name in ("forces", "partial_charges"):
+    for name in ("forces", "partial_charges", "hirshfeld_ratios"):
         if name in fields:
             fields[name] = fields[name][real]
     cell = _shape(row["cell"], (3, 3), f"{where} cell") if "cell" in row else None

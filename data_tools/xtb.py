@@ -10,12 +10,14 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from so3krates_dist.units import BOHR_ANGSTROM, HARTREE_EV
+from so3krates_dist.units import BOHR_ANGSTROM, BOLTZMANN_EV_PER_K, HARTREE_EV
 
 METHOD: Final = "GFN2-xTB"
 ACCURACY: Final = 0.1
 """Of the SCF; 1.0 leaves 2e-4 eV/Å of noise in the forces, 0.1 less than 5e-5"""
 MAX_ITERATIONS: Final = 250
+ELECTRONIC_TEMPERATURE: Final = 300.0
+"""K, tblite's own default"""
 MAX_ELEMENT: Final = 86
 LANTHANIDES: Final = range(58, 72)
 """Ce to Lu have three valence electrons each in GFN2, so that the parity of all electrons tells nothing"""
@@ -46,11 +48,26 @@ class XtbError(Exception):
 
 
 class Labeller:
-    """Labels geometries of one molecule, each from a fresh guess: a label does not depend on the one before."""
+    """Labels geometries of one molecule, each from a fresh guess: a label does not depend on the one before.
 
-    def __init__(self, atomic_numbers: npt.NDArray[Any], total_charge: float, num_unpaired: float) -> None:
+    Args:
+        atomic_numbers: (num_atoms,).
+        total_charge: e.
+        num_unpaired: Unpaired electrons.
+        electronic_temperature: K, of the Fermi smearing; forces are those of the free energy, which is what `energy` is. Higher
+            than usual it keeps energies smooth where frontier orbitals cross (twisted double bonds).
+    """
+
+    def __init__(
+        self,
+        atomic_numbers: npt.NDArray[Any],
+        total_charge: float,
+        num_unpaired: float,
+        electronic_temperature: float = ELECTRONIC_TEMPERATURE,
+    ) -> None:
         self._numbers = np.asarray(atomic_numbers, np.int64)
         self._charge, self._unpaired = float(total_charge), int(num_unpaired)
+        self._temperature = float(electronic_temperature)
 
     def label(self, positions: Float64Array) -> Labels:
         """Return the labels of one geometry.
@@ -84,6 +101,8 @@ class Labeller:
         calculator.set("verbosity", 0)
         calculator.set("accuracy", ACCURACY)
         calculator.set("max-iter", MAX_ITERATIONS)
+        if self._temperature != ELECTRONIC_TEMPERATURE:
+            calculator.set("temperature", self._temperature * BOLTZMANN_EV_PER_K / HARTREE_EV)
         if self._unpaired:
             calculator.add("spin-polarization", 1.0)  # without it the multiplicity changes only occupations
         return calculator

@@ -5,12 +5,15 @@ Units are eV, Å and e. The data pipeline and the models know each other only th
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+
+from so3krates_dist.errors import DataError
 
 FloatArray = npt.NDArray[np.floating[Any]]
 IntArray = npt.NDArray[np.integer[Any]]
@@ -27,6 +30,26 @@ ELEMENT_SYMBOLS: tuple[str, ...] = tuple(
 )
 """Symbol of each element, indexed by its atomic number; index 0 stands for no element."""
 
+ATOMIC_MASSES: tuple[float, ...] = tuple(
+    map(
+        float,
+        (
+            "1 1.008 4.002602 6.94 9.0121831 10.81 12.011 14.007 15.999 18.99840316 20.1797 22.98976928 24.305 "
+            "26.9815385 28.085 30.973762 32.06 35.45 39.948 39.0983 40.078 44.955908 47.867 50.9415 51.9961 "
+            "54.938044 55.845 58.933194 58.6934 63.546 65.38 69.723 72.63 74.921595 78.971 79.904 83.798 85.4678 "
+            "87.62 88.90584 91.224 92.90637 95.95 97.90721 101.07 102.9055 106.42 107.8682 112.414 114.818 118.71 "
+            "121.76 127.6 126.90447 131.293 132.905452 137.327 138.90547 140.116 140.90766 144.242 144.91276 "
+            "150.36 151.964 157.25 158.92535 162.5 164.93033 167.259 168.93422 173.054 174.9668 178.49 180.94788 "
+            "183.84 186.207 190.23 192.217 195.084 196.966569 200.592 204.38 207.2 208.9804 208.98243 209.98715 "
+            "222.01758 223.01974 226.02541 227.02775 232.0377 231.03588 238.02891 237.04817 244.06421 243.06138 "
+            "247.07035 247.07031 251.07959 252.083 257.09511 258.09843 259.101 262.11 267.122 268.126 271.134 "
+            "270.133 269.1338 278.156 281.165 281.166 285.177 286.182 289.19 289.194 293.204 293.208 294.214 "
+        ).split(),
+    )
+)
+"""u, standard atomic weights (J. Meija et al., Pure Appl. Chem. 88, 265 (2016), 10.1515/pac-2015-0305) or, without one, the mass of
+a long-lived isotope; index 0 has no meaning. They place the origin of dipoles."""
+
 
 def compute_formula(atomic_numbers: IntArray) -> str:
     """Return the chemical formula in Hill order, e.g. `C2H6O`.
@@ -38,6 +61,35 @@ def compute_formula(atomic_numbers: IntArray) -> str:
     first = ["C", "H"] if "C" in counts else []
     order = [s for s in first if s in counts] + sorted(s for s in counts if s not in first)
     return "".join(s + (str(counts[s]) if counts[s] > 1 else "") for s in order)
+
+
+def check_periodicity(pbc: npt.NDArray[np.bool_] | None, where: str) -> None:
+    """Raise `DataError` where a structure is neither a molecule nor a crystal, for sums over all periodic images.
+
+    Args:
+        pbc: (3,) whether the structure repeats along each lattice vector; None for a molecule.
+        where: File or structure, for the message.
+    """
+    if pbc is None or np.all(pbc) or not np.any(pbc):
+        return
+    rule = "be periodic along all three lattice vectors or none for Ewald or PME"
+    remedy = "Take model.electrostatics=cutoff, or a cell with a vacuum in it that is periodic in all directions"
+    raise DataError(where, rule, f"pbc {' '.join('FT'[int(p)] for p in pbc)}", remedy)
+
+
+def check_box(pbc: npt.NDArray[np.bool_] | None, sees: frozenset[str], reach: float, where: str) -> None:
+    """Raise `DataError` where a structure is periodic and a model is for molecules only.
+
+    Args:
+        pbc: (3,) whether the structure repeats along each lattice vector; None for a molecule.
+        sees: What the model uses of a structure.
+        reach: Å; how far its pairs go; infinite: all pairs of a molecule.
+        where: File or structure, for the message.
+    """
+    if pbc is None or not np.any(pbc) or ("cell" in sees and math.isfinite(reach)):
+        return
+    remedy = "Set a long-range cutoff" if "cell" in sees else "Take a model that sees the cell"
+    raise DataError(where, "be a molecule for this model", "a periodic structure", remedy)
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -69,14 +121,18 @@ class Graph:
     """(3,) e Å; origin at the centre of mass where `total_charge` is not zero"""
     partial_charges: FloatArray | None = None
     """(num_atoms,) e"""
+    hirshfeld_ratios: FloatArray | None = None
+    """(num_atoms,) volume of each atom in the structure over that of the free atom (Hirshfeld partitioning)"""
     group: str = ""
     """Name that results are grouped by: the molecule, or the subset of a larger collection"""
     pair_first: IntArray | None = None
-    """(num_pairs,) index of the first atom of each undirected pair"""
+    """(num_pairs,) index of the first atom of each undirected pair; pairs within the model's cutoff come first"""
     pair_second: IntArray | None = None
     """(num_pairs,) index of the second atom"""
     pair_shifts: IntArray | None = None
     """(num_pairs, 3) lattice translations: r = positions[second] + shift @ cell - positions[first]"""
+    num_short_pairs: int | None = None
+    """pairs within the model's cutoff; the others are there for long-range terms. None: all"""
 
     @property
     def num_atoms(self) -> int:
@@ -106,7 +162,7 @@ class GraphBatch:
     pbc: torch.Tensor | None
     """(num_graphs, 3) bool; None where no structure of the batch is periodic"""
     pair_first: torch.Tensor
-    """(num_pairs,) int64; undirected pairs, each once"""
+    """(num_pairs,) int64; undirected pairs, each once; those within the model's cutoff come first"""
     pair_second: torch.Tensor
     """(num_pairs,) int64"""
     pair_shifts: torch.Tensor | None
@@ -115,12 +171,18 @@ class GraphBatch:
     """(num_graphs,) e"""
     num_unpaired_electrons: torch.Tensor
     """(num_graphs,) count"""
+    num_short_pairs: int
+    """pairs within the model's cutoff; the others are there for long-range terms"""
     energy: torch.Tensor | None = None
     """(num_graphs,) eV, always float64: total energies are large and their differences small"""
     forces: torch.Tensor | None = None
     """(num_atoms, 3) eV/Å"""
     stress: torch.Tensor | None = None
     """(num_graphs, 3, 3) eV/Å³; nan for structures without a stress label"""
+    dipole: torch.Tensor | None = None
+    """(num_graphs, 3) e Å; nan for structures without a dipole label"""
+    hirshfeld_ratios: torch.Tensor | None = None
+    """(num_atoms,); nan for structures without this label"""
     group: tuple[str, ...] = ()
     """(num_graphs,) names that results are grouped by"""
 
@@ -156,10 +218,16 @@ def _stack_labels(graphs: Sequence[Graph], name: str, tail: tuple[int, ...]) -> 
     return np.stack([missing if (v := getattr(g, name)) is None else np.asarray(v, np.float64) for g in graphs])
 
 
-def _concatenate_forces(graphs: Sequence[Graph]) -> FloatArray | None:
-    if all(g.forces is None for g in graphs):
+def _concatenate_labels(graphs: Sequence[Graph], name: str, tail: tuple[int, ...]) -> FloatArray | None:
+    """Join a per-atom label, as `_stack_labels` does."""
+    labels = [getattr(g, name) for g in graphs]
+    if all(label is None for label in labels):
         return None
-    return np.concatenate([np.full((g.num_atoms, 3), np.nan) if g.forces is None else g.forces for g in graphs])
+    filled = [
+        np.full((g.num_atoms, *tail), np.nan) if label is None else label
+        for g, label in zip(graphs, labels, strict=True)
+    ]
+    return np.concatenate(filled)
 
 
 def collate(graphs: Sequence[Graph], dtype: torch.dtype = torch.float32) -> GraphBatch:
@@ -177,10 +245,15 @@ def collate(graphs: Sequence[Graph], dtype: torch.dtype = torch.float32) -> Grap
     counts = np.array([g.num_atoms for g in graphs], np.int64)
     offsets = np.cumsum(counts) - counts
 
-    def concatenate_pairs(name: str) -> torch.Tensor:
-        return torch.from_numpy(
-            np.concatenate([getattr(g, name) + offset for g, offset in zip(graphs, offsets, strict=True)])
-        ).long()
+    num_short = [len(_get_pairs(g)) if g.num_short_pairs is None else g.num_short_pairs for g in graphs]
+
+    def concatenate_pairs(arrays: Sequence[IntArray | FloatArray]) -> torch.Tensor:
+        short = [array[:count] for array, count in zip(arrays, num_short, strict=True)]
+        rest = [array[count:] for array, count in zip(arrays, num_short, strict=True) if count < len(array)]
+        return torch.from_numpy(np.concatenate([*short, *rest]))
+
+    def concatenate_indices(name: str) -> torch.Tensor:
+        return concatenate_pairs([getattr(g, name) + o for g, o in zip(graphs, offsets, strict=True)]).long()
 
     def to_float(array: FloatArray | None) -> torch.Tensor | None:
         return None if array is None else torch.from_numpy(np.ascontiguousarray(array)).to(dtype)
@@ -189,7 +262,6 @@ def collate(graphs: Sequence[Graph], dtype: torch.dtype = torch.float32) -> Grap
     energy = _stack_labels(graphs, "energy", ())
     cells = np.stack([np.zeros((3, 3)) if g.cell is None else g.cell for g in graphs]) if periodic else None
     pbc = np.stack([np.zeros(3, bool) if g.pbc is None else g.pbc for g in graphs]) if periodic else None
-    shifts = np.concatenate([_pair_shifts(g) for g in graphs]) if periodic else None
     return GraphBatch(
         atomic_numbers=torch.from_numpy(np.concatenate([g.atomic_numbers for g in graphs])).long(),
         positions=torch.from_numpy(np.concatenate([g.positions for g in graphs])).to(dtype),
@@ -197,14 +269,17 @@ def collate(graphs: Sequence[Graph], dtype: torch.dtype = torch.float32) -> Grap
         num_atoms=torch.from_numpy(counts),
         cell=to_float(cells),
         pbc=None if pbc is None else torch.from_numpy(pbc),
-        pair_first=concatenate_pairs("pair_first"),
-        pair_second=concatenate_pairs("pair_second"),
-        pair_shifts=to_float(shifts),
+        pair_first=concatenate_indices("pair_first"),
+        pair_second=concatenate_indices("pair_second"),
+        pair_shifts=concatenate_pairs([_pair_shifts(g) for g in graphs]).to(dtype) if periodic else None,
+        num_short_pairs=sum(num_short),
         total_charge=torch.tensor([g.total_charge for g in graphs], dtype=dtype),
         num_unpaired_electrons=torch.tensor([g.num_unpaired_electrons for g in graphs], dtype=dtype),
         energy=None if energy is None else torch.from_numpy(energy.astype(np.float64)),
-        forces=to_float(_concatenate_forces(graphs)),
+        forces=to_float(_concatenate_labels(graphs, "forces", (3,))),
         stress=to_float(_stack_labels(graphs, "stress", (3, 3))),
+        dipole=to_float(_stack_labels(graphs, "dipole", (3,))),
+        hirshfeld_ratios=to_float(_concatenate_labels(graphs, "hirshfeld_ratios", ())),
         group=tuple(g.group for g in graphs),
     )
 
@@ -215,12 +290,16 @@ def _build_empty_batch(dtype: torch.dtype) -> GraphBatch:
     return GraphBatch(
         atomic_numbers=integers, positions=floats.view(0, 3), graph_index=integers, num_atoms=integers, cell=None,
         pbc=None, pair_first=integers, pair_second=integers, pair_shifts=None, total_charge=floats,
-        num_unpaired_electrons=floats, energy=floats.double(), forces=floats.view(0, 3),
+        num_unpaired_electrons=floats, num_short_pairs=0, energy=floats.double(), forces=floats.view(0, 3),
     )  # fmt: skip
 
 
-def _pair_shifts(graph: Graph) -> FloatArray:
+def _get_pairs(graph: Graph) -> IntArray:
     assert graph.pair_first is not None, "collate() needs structures with neighbour pairs"
+    return graph.pair_first
+
+
+def _pair_shifts(graph: Graph) -> FloatArray:
     if graph.pair_shifts is None:
-        return np.zeros((len(graph.pair_first), 3))
+        return np.zeros((len(_get_pairs(graph)), 3))
     return graph.pair_shifts.astype(np.float64)

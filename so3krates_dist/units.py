@@ -16,6 +16,13 @@ KJ_PER_MOL_EV: Final = 1000.0 / (AVOGADRO_PER_MOL * ELEMENTARY_CHARGE_COULOMB)
 RYDBERG_EV: Final = HARTREE_EV / 2
 BOLTZMANN_EV_PER_K: Final = 1.380649e-23 / ELEMENTARY_CHARGE_COULOMB
 
+# Physical terms of published models are tied to the constants that their weights were trained with: CODATA 2014, as ASE has them.
+CODATA_2014_HARTREE_EV: Final = 27.211386024367243
+CODATA_2014_BOHR_ANGSTROM: Final = 0.5291772105638411
+CODATA_2014_FINE_STRUCTURE: Final = 0.007297352566206496
+CODATA_2014_COULOMB_EV_ANGSTROM: Final = CODATA_2014_HARTREE_EV * CODATA_2014_BOHR_ANGSTROM
+"""e^2 / (4 pi epsilon_0)"""
+
 ENERGY_UNITS: Final[dict[str, float]] = {
     "eV": 1.0,
     "meV": 1e-3,

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from so3krates_dist.config import DataSection, ModelSection, RunConfig, RunSection, dump_config
+from so3krates_dist.config import DataSection, EuclideanTransformerSection, RunConfig, RunSection, dump_config
 from so3krates_dist.data import shards
 from so3krates_dist.data.neighbors import build_neighbors
 from so3krates_dist.data.statistics import compute_statistics
@@ -26,17 +26,19 @@ class MorseNetwork(nn.Module):
 
     def __init__(self, cutoff: float = 6.0) -> None:
         super().__init__()
-        self.cutoff = cutoff
+        self.cutoff = self.reach = cutoff
+        self.sees, self.uses_positions, self.checkpoint_attention = frozenset({"cell"}), False, False
         self.depth, self.width, self.distance = (nn.Parameter(torch.tensor(v)) for v in (0.35, 1.4, 2.6))
 
-    def forward(self, batch: GraphBatch, vectors: torch.Tensor) -> torch.Tensor:
+    def forward(self, batch: GraphBatch, vectors: torch.Tensor, record: object = None) -> dict[str, torch.Tensor]:
         distances = vectors.norm(dim=1)
         u = distances / self.cutoff
         envelope = torch.where(u < 1, 1 - 10 * u**3 + 15 * u**4 - 6 * u**5, 0.0)
         wells = (1 - torch.exp(-self.width * (distances - self.distance))) ** 2 - 1
         halves = self.depth * wells * envelope / 2
         energies = vectors.new_zeros(len(batch.atomic_numbers))
-        return energies.index_add(0, batch.pair_first, halves).index_add(0, batch.pair_second, halves)
+        energies = energies.index_add(0, batch.pair_first, halves).index_add(0, batch.pair_second, halves)
+        return {"atom_energies": energies}
 
 
 def make_morse() -> Potential:
@@ -60,7 +62,7 @@ def make_cluster(seed: int, num_atoms: int = 6, group: str = "cluster") -> Graph
 def label(graph: Graph, potential: Potential | None = None) -> Graph:
     """Return the structure with its energy and forces, and its stress where it is periodic."""
     potential = potential or make_morse()
-    batch = collate([build_neighbors(graph, potential.cutoff)], torch.float64)
+    batch = collate([build_neighbors(graph, *potential.cutoffs)], torch.float64)
     output = {k: v.numpy() for k, v in potential(batch, compute_stress=graph.is_periodic).items()}
     stress = output["stress"][0] if graph.is_periodic else None
     return dataclasses.replace(graph, energy=float(output["energy"][0]), forces=output["forces"], stress=stress)
@@ -81,7 +83,9 @@ def write_dataset(folder: Path, splits: Mapping[str, Sequence[Graph]], name: str
         level_of_theory="Morse",
         licence="unknown",
         units={"energy": "eV", "length": "Angstrom"},
-        labels=tuple(n for n in ("energy", "forces", "stress") if getattr(graphs[0], n) is not None),
+        labels=tuple(
+            n for n in ("energy", "forces", "stress", "dipole", "hirshfeld_ratios") if getattr(graphs[0], n) is not None
+        ),
         splits={s: len(g) for s, g in splits.items()},
         groups={n: sum(g.group == n for g in graphs) for n in sorted({g.group for g in graphs})},
         statistics=compute_statistics(splits["train"], None),
@@ -94,9 +98,11 @@ def write_dataset(folder: Path, splits: Mapping[str, Sequence[Graph]], name: str
 
 def make_run(folder: Path, dataset: Path) -> Path:
     """Make a run folder with a small untrained So3krates model for a data set."""
-    section = ModelSection(num_features=16, num_layers=1, num_heads=2, degrees=(1, 2), num_radial_basis=8, cutoff=4.0)
+    section = EuclideanTransformerSection(
+        num_features=16, num_layers=1, num_heads=2, degrees=(1, 2), num_radial_basis=8, cutoff=4.0
+    )
     config = RunConfig(run=RunSection(folder=str(folder)), data=DataSection(folder=str(dataset)), model=section)
-    statistics = ModelStatistics.from_manifest(shards.load_manifest(dataset).statistics, section.cutoff)
+    statistics = ModelStatistics.from_manifest(shards.load_manifest(dataset).statistics, section)
     torch.manual_seed(0)
     save_model(folder, section, statistics, build_model(section, statistics).state_dict(), {"step": 0})
     (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")

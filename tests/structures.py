@@ -1,14 +1,23 @@
 """Small structures, small models with random weights, and the report of deviations: what the tests of physics start from."""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import ase
 import ase.build
 import numpy as np
 import torch
 
-from so3krates_dist.config import ModelSection
+from so3krates_dist.config import (
+    EuclideanTransformerSection,
+    GeomAttEnvelopeSection,
+    GeomAttSection,
+    ModelSection,
+    So3kratesSection,
+    So3lrSection,
+)
 from so3krates_dist.data.neighbors import build_neighbors
 from so3krates_dist.graph import Graph, GraphBatch, collate
 from so3krates_dist.model.potential import ModelStatistics, Potential
@@ -23,8 +32,8 @@ STATISTICS = ModelStatistics(
     mean_neighbors=6.5,
 )
 
-OPTIONS: dict[str, ModelSection] = {
-    name: ModelSection(num_features=24, num_layers=2, num_heads=4, num_radial_basis=12, cutoff=CUTOFF, **overrides)
+TRANSFORMERS: dict[str, EuclideanTransformerSection] = {
+    name: EuclideanTransformerSection(num_features=24, num_layers=2, num_heads=4, num_radial_basis=12, cutoff=CUTOFF, **overrides)
     for name, overrides in {
         "transformer": {
             "normalization": "none", "residual_mlp": "none", "radial_basis": "physnet", "cutoff_function": "cosine",
@@ -34,7 +43,7 @@ OPTIONS: dict[str, ModelSection] = {
             "normalization": "pre", "residual_mlp": "gated", "radial_basis": "physnet", "cutoff_function": "polynomial",
             "message_scale": "mean_neighbors", "degrees": (1, 2, 3),
         },
-        "so3lr": {
+        "backbone": {
             "normalization": "post", "residual_mlp": "preactivation", "radial_basis": "bernstein",
             "cutoff_function": "polynomial", "message_scale": "mean_neighbors", "degrees": (1, 2, 3, 4),
         },
@@ -42,13 +51,70 @@ OPTIONS: dict[str, ModelSection] = {
             "normalization": "post", "residual_mlp": "gated", "radial_basis": "bernstein", "cutoff_function": "cosine",
             "message_scale": "sqrt_features", "degrees": (2,),
         },
+        "repulsive": {
+            "normalization": "pre", "residual_mlp": "none", "radial_basis": "physnet", "cutoff_function": "polynomial",
+            "message_scale": "sqrt_features", "degrees": (1, 2), "zbl": True, "final_norm": True,
+            "sphc_normalization": 5.0,
+        },
     }.items()
 }  # fmt: skip
-"""Model sections that together have every option, each small enough for finite differences"""
+"""Options of the Euclidean transformer, each small enough for finite differences"""
+
+SO3KRATES: dict[str, So3kratesSection] = {
+    name: So3kratesSection(
+        num_features=24, num_heads=4, num_radial_basis=12, cutoff=CUTOFF, radial_filter_width=16, spherical_filter_width=8,
+        **{"num_layers": 2, "degrees": (1, 2, 3), **overrides},
+    )
+    for name, overrides in {
+        "so3krates": {},
+        "so3krates_scalars": {"degrees": (0, 1, 2), "initial_sphc": "zero", "cutoff_function": "polynomial"},
+        "so3krates_non_local": {"non_local": True},
+        "so3krates_smooth": {
+            "non_local": True, "layer_norm": True, "sphc_norm": True, "initial_sphc": "smooth", "radial_basis": "bernstein",
+            "cutoff_function": "polynomial", "sphc_cutoff": 0.3, "degrees": (1, 2),
+        },
+    }.items()
+}  # fmt: skip
+"""Options of So3krates"""
+
+SO3LR: dict[str, So3lrSection] = {
+    name: So3lrSection(
+        num_features=24, num_layers=2, num_heads=4, num_radial_basis=12, cutoff=CUTOFF, degrees=(1, 2, 3), **overrides
+    )
+    for name, overrides in {
+        "so3lr": {"long_range_cutoff": 10.0},
+        "so3lr_endless": {"long_range_cutoff": 0.0},
+        "so3lr_semi_local": {
+            "zbl": False, "electrostatics": "none", "dispersion": False, "charge_embedding": False, "spin_embedding": False,
+        },
+    }.items()
+}  # fmt: skip
+"""Options of SO3LR"""
+
+# With this precision pairs are listed up to exactly 1 Å beyond the grid, where the Gaussians have vanished (5e-17).
+_GEOMATT_SIZES: dict[str, Any] = {
+    "num_layers": 2, "num_features": 16, "inner_width": 32, "grid_end": 3.0, "grid_spacing": 0.25,
+    "gaussian_precision": 24.0, "order_gains": (1.0, 1.0, 1.0),
+}  # fmt: skip
+GEOMATT: dict[str, ModelSection] = {
+    "geomatt": GeomAttSection(algorithm="dense", **_GEOMATT_SIZES),
+    "geomatt_list": GeomAttSection(algorithm="neighbor_list", **_GEOMATT_SIZES),
+    "geomatt_shared": GeomAttSection(
+        **{**_GEOMATT_SIZES, "orders": (3, 5), "order_gains": (), "num_layers": 1}, shared_factors=True, bias=False
+    ),
+    "geomatt_envelope": GeomAttEnvelopeSection(cutoff=CUTOFF, **_GEOMATT_SIZES),
+}
+"""Options of GeomAtt"""
+
+OPTIONS: dict[str, ModelSection] = {**TRANSFORMERS, **SO3KRATES, **SO3LR, **GEOMATT}
+"""Sections of all models that together have every option that changes a formula"""
+
+PERIODIC = [name for name, section in OPTIONS.items() if "cell" in section.sees and math.isfinite(section.reach)]
+"""Options that are fit for crystals"""
 
 
 def make_potential(
-    options: str = "so3lr", dtype: torch.dtype = torch.float64, seed: int = 0, noise: float = 0.2, **changes: object
+    options: str = "backbone", dtype: torch.dtype = torch.float64, seed: int = 0, noise: float = 0.2, **changes: object
 ) -> Potential:
     """Return a potential in evaluation mode; noise on top makes all weights random, those that start as zero or one too."""
     torch.manual_seed(seed)
@@ -80,6 +146,21 @@ def make_molecule(name: str = "CH3CH2OH", seed: int | None = 0) -> Graph:
     return graph
 
 
+def make_ion(total_charge: float) -> Graph:
+    """Return a distorted methanol with a charge, and with an unpaired electron where that makes it odd."""
+    return dataclasses.replace(
+        make_molecule("CH3OH", 3), total_charge=total_charge, num_unpaired_electrons=total_charge % 2, group="ion"
+    )
+
+
+def make_structures(options: str) -> dict[str, Graph]:
+    """Return what a law is tried on: a molecule, ions and, where the model is fit for them, crystals."""
+    structures = {"ethanol": make_molecule(), "cation": make_ion(1.0), "anion": make_ion(-1.0)}
+    if options in PERIODIC:
+        structures |= {"triclinic": make_crystal(), "self_images": make_crystal("self_images")}
+    return structures
+
+
 def make_crystal(name: str = "triclinic") -> Graph:
     """Return a triclinic cell: of four atoms, or of two in a cell so small that atoms are neighbours of their own images."""
     fractions = np.array([[0.02, 0.01, 0.03], [0.31, 0.22, 0.41], [0.61, 0.72, 0.23], [0.22, 0.65, 0.75]])
@@ -99,28 +180,43 @@ def move(graph: Graph, positions: np.ndarray, cell: np.ndarray | None = None) ->
     """Return the structure with other positions and, where given, another cell; without pairs."""
     cell = graph.cell if cell is None else cell
     return dataclasses.replace(
-        graph, positions=positions, cell=cell, pair_first=None, pair_second=None, pair_shifts=None
-    )
+        graph, positions=positions, cell=cell, pair_first=None, pair_second=None, pair_shifts=None,
+        num_short_pairs=None,
+    )  # fmt: skip
 
 
 def join(*graphs: Graph) -> Graph:
-    """Return several molecules as one structure."""
+    """Return several molecules as one structure; charges add up."""
     return Graph(
         atomic_numbers=np.concatenate([g.atomic_numbers for g in graphs]),
         positions=np.concatenate([g.positions for g in graphs]),
+        total_charge=sum(g.total_charge for g in graphs),
+        num_unpaired_electrons=sum(g.num_unpaired_electrons for g in graphs),
     )
 
 
-def make_batch(graphs: Sequence[Graph], cutoff: float = CUTOFF, dtype: torch.dtype = torch.float64) -> GraphBatch:
+def make_batch(
+    graphs: Sequence[Graph], cutoffs: Sequence[float] = (CUTOFF,), dtype: torch.dtype = torch.float64
+) -> GraphBatch:
     """Return structures as one batch; pairs are built where they are missing."""
-    return collate([g if g.pair_first is not None else build_neighbors(g, cutoff) for g in graphs], dtype)
+    return collate([g if g.pair_first is not None else build_neighbors(g, *cutoffs) for g in graphs], dtype)
 
 
 def compute(potential: Potential, *graphs: Graph, stress: bool = False) -> dict[str, np.ndarray]:
-    """Return energy, forces and on request stress of structures, computed as one batch in the potential's dtype."""
+    """Return all outputs, on request stress too, of structures computed as one batch in the potential's dtype."""
     dtype = next(potential.parameters()).dtype
-    outputs = potential(make_batch(graphs, potential.cutoff, dtype), compute_stress=stress)
+    outputs = potential(make_batch(graphs, potential.cutoffs, dtype), compute_stress=stress)
     return {name: tensor.detach().numpy() for name, tensor in outputs.items()}
+
+
+PER_ATOM = ("forces", "partial_charges", "hirshfeld_ratios")
+"""Outputs with one row per atom; the others have one per structure"""
+
+
+def pick(outputs: Mapping[str, np.ndarray], *names: str) -> dict[str, np.ndarray]:
+    """Return some of the outputs; by default those that no choice of origin or image changes."""
+    chosen = names or ("energy", "stress", *PER_ATOM)
+    return {name: values for name, values in outputs.items() if name in chosen}
 
 
 def measure(values: np.ndarray | float, expected: np.ndarray | float) -> float:

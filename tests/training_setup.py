@@ -57,8 +57,10 @@ def make_dataset(folder: Path, num_train: int = 50, first_seed: int = 0) -> Path
 
 
 def make_settings(dataset: Path | str, run: Path | str, *more: str) -> list[str]:
-    """Return the words of a command line."""
-    return [*TINY, f"data.folder={dataset}", f"run.folder={run}", *more]
+    """Return the words of a command line; a model that is named brings its own options."""
+    is_named = any(s.startswith("model.name=") for s in more)
+    tiny = [s for s in TINY if not (is_named and s.startswith("model."))]
+    return [*tiny, f"data.folder={dataset}", f"run.folder={run}", *more]
 
 
 def make_config(dataset: Path | str, run: Path | str, *more: str) -> RunConfig:

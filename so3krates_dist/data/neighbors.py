@@ -1,4 +1,4 @@
-"""Neighbour pairs of one structure: undirected, each once, shorter than the cutoff.
+"""Neighbour pairs of one structure: undirected, each once, those within the cutoff before those of long-range terms.
 
 Small molecules are done with numpy (all pairs, then a mask: faster below about 150 atoms), anything periodic or larger with
 vesin's cell list. Refuses atoms on top of each other: their direction is undefined and its derivatives are not finite.
@@ -6,11 +6,12 @@ vesin's cell list. Refuses atoms on top of each other: their direction is undefi
 
 import dataclasses
 import functools
+import math
 
 import numpy as np
 
 from so3krates_dist.errors import DataError
-from so3krates_dist.graph import Graph, IntArray
+from so3krates_dist.graph import FloatArray, Graph, IntArray
 
 MAX_ATOMS_ALL_PAIRS = 150
 MIN_DISTANCE = 1e-3
@@ -23,28 +24,30 @@ def _all_pairs(num_atoms: int) -> tuple[IntArray, IntArray]:
     return first.astype(np.int64), second.astype(np.int64)
 
 
-def _pairs_of_molecule(graph: Graph, cutoff: float) -> tuple[IntArray, IntArray, IntArray | None]:
-    first, second = _all_pairs(graph.num_atoms)
+Pairs = tuple[IntArray, IntArray, IntArray | None, FloatArray]
+"""first and second atoms, lattice translations, squared distances in Å²"""
+
+
+def _pairs_of_molecule(graph: Graph) -> Pairs:
+    """Return all pairs of a molecule."""
+    small = graph.num_atoms <= MAX_ATOMS_ALL_PAIRS  # the tables of large ones are not worth keeping
+    first, second = (_all_pairs if small else _all_pairs.__wrapped__)(graph.num_atoms)
     positions = graph.positions.astype(np.float64)
     vectors = positions.take(second, axis=0) - positions.take(first, axis=0)
-    squared = np.einsum("pk,pk->p", vectors, vectors)
-    _check_distances(graph, squared)
-    within = squared < cutoff * cutoff
-    return (first, second, None) if within.all() else (first[within], second[within], None)
+    return first, second, None, np.einsum("pk,pk->p", vectors, vectors)
 
 
-def _pairs_from_cell_list(graph: Graph, cutoff: float) -> tuple[IntArray, IntArray, IntArray | None]:
+def _pairs_from_cell_list(graph: Graph, reach: float) -> Pairs:
     import vesin
 
     periodic = graph.is_periodic
-    first, second, shifts, distances = vesin.NeighborList(cutoff=cutoff, full_list=False, n_threads=1).compute(
+    first, second, shifts, distances = vesin.NeighborList(cutoff=reach, full_list=False, n_threads=1).compute(
         points=np.ascontiguousarray(graph.positions, np.float64),
         box=np.zeros((3, 3)) if graph.cell is None or not periodic else np.ascontiguousarray(graph.cell, np.float64),
         periodic=np.zeros(3, bool) if graph.pbc is None else np.asarray(graph.pbc, bool),
         quantities="ijSd",
     )
-    _check_distances(graph, np.square(distances))
-    return first.astype(np.int64), second.astype(np.int64), shifts.astype(np.int64) if periodic else None
+    return first.astype(np.int64), second.astype(np.int64), shifts.astype(np.int64) if periodic else None, distances**2
 
 
 def _check_distances(graph: Graph, squared: np.ndarray) -> None:
@@ -57,20 +60,46 @@ def _check_distances(graph: Graph, squared: np.ndarray) -> None:
         )
 
 
-def build_neighbors(graph: Graph, cutoff: float) -> Graph:
+def build_neighbors(graph: Graph, cutoff: float, reach: float | None = None) -> Graph:
     """Return the structure with its neighbour pairs.
 
     Args:
         graph: A structure.
-        cutoff: Å; pairs at this distance or beyond are left out.
+        cutoff: Å; pairs shorter than this are the short ones, which come first.
+        reach: Å; pairs at this distance or beyond are left out. None: the cutoff; infinite: all pairs of a molecule.
 
     Returns:
-        The same structure with `pair_first`, `pair_second` and, where it is periodic, `pair_shifts`. A pair of an atom with
-        its own periodic image is there once for each direction and its opposite together, like any other pair.
+        The same structure with `pair_first`, `pair_second`, `num_short_pairs` and, where it is periodic, `pair_shifts`. A pair
+        of an atom with its own periodic image is there once for each direction and its opposite together, like any other pair.
 
     Raises:
-        DataError: Two atoms coincide.
+        DataError: Two atoms coincide, or all pairs of a periodic structure are asked for.
     """
-    small_molecule = not graph.is_periodic and graph.num_atoms <= MAX_ATOMS_ALL_PAIRS
-    pairs = (_pairs_of_molecule if small_molecule else _pairs_from_cell_list)(graph, cutoff)
-    return dataclasses.replace(graph, pair_first=pairs[0], pair_second=pairs[1], pair_shifts=pairs[2])
+    reach = cutoff if reach is None else max(reach, cutoff)
+    if math.isinf(reach) and graph.is_periodic:
+        raise DataError(
+            graph.group or "structure",
+            "be a molecule where a model looks at all pairs of atoms",
+            "a periodic structure",
+            "Set a long-range cutoff, or take a model with one",
+        )
+    all_pairs = not graph.is_periodic and (graph.num_atoms <= MAX_ATOMS_ALL_PAIRS or math.isinf(reach))
+    first, second, shifts, squared = _pairs_of_molecule(graph) if all_pairs else _pairs_from_cell_list(graph, reach)
+    _check_distances(graph, squared)
+    order, num_short = _order_by_range(squared, cutoff, reach)
+    if order is not None:
+        first, second, shifts = first[order], second[order], None if shifts is None else shifts[order]
+    return dataclasses.replace(
+        graph, pair_first=first, pair_second=second, pair_shifts=shifts, num_short_pairs=num_short
+    )
+
+
+def _order_by_range(squared: FloatArray, cutoff: float, reach: float) -> tuple[IntArray | None, int]:
+    """Return the pairs to keep, short ones first (None: all as they are), and how many are short."""
+    short = squared < cutoff * cutoff
+    num_short = int(np.count_nonzero(short))
+    if num_short == len(squared):
+        return None, num_short
+    if reach == cutoff:
+        return np.flatnonzero(short), num_short
+    return np.concatenate([np.flatnonzero(short), np.flatnonzero(~short & (squared < reach * reach))]), num_short

@@ -41,6 +41,7 @@ _COLUMNS: Final[dict[str, tuple[bool, str, tuple[int, ...]]]] = {
     "positions": (True, "float32", (3,)),
     "forces": (True, "float32", (3,)),
     "partial_charges": (True, "float32", ()),
+    "hirshfeld_ratios": (True, "float32", ()),
     "energy": (False, "float64", ()),  # float32 at -1e6 eV is known to 0.03 eV only
     "cell": (False, "float64", (3, 3)),
     "pbc": (False, "bool", (3,)),

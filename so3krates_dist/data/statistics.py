@@ -82,6 +82,8 @@ def compute_statistics(graphs: Sequence[Graph], isolated_atom_energies: Mapping[
         "num_atoms": {"min": int(counts.min()), "mean": float(counts.mean()), "max": int(counts.max())},
         "mean_neighbors": count_neighbors(graphs),
         "total_charges": dict(sorted(Counter(f"{g.total_charge:g}" for g in graphs).items())),
+        "num_unpaired_electrons": dict(sorted(Counter(f"{g.num_unpaired_electrons:g}" for g in graphs).items())),
+        "num_periodic": sum(g.is_periodic for g in graphs),
     }
     rounded: dict[str, Any] = _round(content | _force_statistics(graphs))
     return rounded

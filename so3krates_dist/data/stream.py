@@ -11,15 +11,17 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from so3krates_dist.config import RunConfig
+from so3krates_dist.config import ModelSection, RunConfig
 from so3krates_dist.data.neighbors import build_neighbors
 from so3krates_dist.data.plan import Place, Plan
 from so3krates_dist.data.shards import Block, BlockEntry, BlockReader, Manifest, ShardEntry, iter_graphs, load_manifest
+from so3krates_dist.distributed import Rank
 from so3krates_dist.errors import DataError, So3kratesError
-from so3krates_dist.graph import Graph, GraphBatch, collate
+from so3krates_dist.graph import Graph, GraphBatch, check_box, check_periodicity, collate
 
 
 def _list_blocks(manifest: Manifest, split: str) -> list[tuple[ShardEntry, BlockEntry]]:
@@ -35,7 +37,24 @@ def _list_blocks(manifest: Manifest, split: str) -> list[tuple[ShardEntry, Block
 
 
 MAX_KEPT_ATOMS: Final = 200_000
-"""A training split of at most so many atoms stays in memory, with its neighbour pairs (some 16 bytes each, 13 an atom)"""
+"""A training split of at most so many atoms stays in memory"""
+
+MAX_KEPT_PAIRS: Final = 5_000_000
+"""So many neighbour pairs of these atoms stay in memory (16 bytes each, 40 in periodic structures); the others are found anew.
+There are some 13 an atom within 5 Å, but hundreds within a long-range cutoff, and half as many as atoms where all pairs count"""
+
+
+def check_allows_box(section: ModelSection, pbc: npt.NDArray[np.bool_] | None, where: str) -> None:
+    """Raise `DataError` where a model cannot be used for a structure because of its periodic directions.
+
+    Args:
+        section: The model.
+        pbc: (3,) whether the structure repeats along each lattice vector; None for a molecule.
+        where: File, split or structure, for the message.
+    """
+    check_box(pbc, section.sees, section.reach, where)
+    if getattr(section, "electrostatics", "") in ("ewald", "pme"):
+        check_periodicity(pbc, where)
 
 
 class TrainingStream(Dataset[list[GraphBatch]]):
@@ -52,7 +71,7 @@ class TrainingStream(Dataset[list[GraphBatch]]):
     def __init__(self, folder: Path, manifest: Manifest, config: RunConfig, rank: int, world_size: int) -> None:
         self._blocks = _list_blocks(manifest, "train")
         self._reader = BlockReader(folder)
-        self._cutoff = config.model.cutoff
+        self._cutoffs = config.model.cutoff, config.model.reach
         section, micro_batches = config.data, config.train.micro_batches
         self.plan = Plan(
             [b.num_conformers for _, b in self._blocks],
@@ -65,6 +84,8 @@ class TrainingStream(Dataset[list[GraphBatch]]):
         self._window: tuple[int, int] | None = None
         self._keeps = sum(b.num_atoms for _, b in self._blocks) <= MAX_KEPT_ATOMS
         self._kept: dict[tuple[int, int], Graph] = {}
+        self._num_kept_pairs = 0
+        self._model = config.model
         self._lane_graphs: dict[int, list[list[Graph]]] = {}
 
     def __getitem__(self, step: int) -> list[GraphBatch]:
@@ -83,10 +104,13 @@ class TrainingStream(Dataset[list[GraphBatch]]):
         """Return a conformer with its pairs, found the first time it is used where conformers are kept."""
         if graph.pair_first is not None:
             return graph
-        complete = build_neighbors(graph, self._cutoff)
-        if self._keeps:
+        check_allows_box(self._model, graph.pbc, graph.group or "structure")
+        complete = build_neighbors(graph, *self._cutoffs)
+        assert complete.pair_first is not None
+        if self._keeps and self._num_kept_pairs + len(complete.pair_first) <= MAX_KEPT_PAIRS:
+            self._num_kept_pairs += len(complete.pair_first)
             graph.pair_first, graph.pair_second = complete.pair_first, complete.pair_second
-            graph.pair_shifts = complete.pair_shifts
+            graph.pair_shifts, graph.num_short_pairs = complete.pair_shifts, complete.num_short_pairs
         return complete
 
     def _load_window(self, place: Place) -> dict[int, list[list[Graph]]]:
@@ -174,7 +198,13 @@ def _start_worker(_number: int) -> None:
 
 
 def iter_batches(
-    folder: Path, split: str, *, batch_size: int, cutoff: float, rank: int = 0, world_size: int = 1, limit: int = 0
+    folder: Path,
+    split: str,
+    *,
+    batch_size: int,
+    cutoffs: tuple[float, float],
+    rank: Rank | None = None,
+    limit: int = 0,
 ) -> Iterator[GraphBatch]:
     """Yield batches of a split for evaluation: every conformer once, batches dealt to the processes in turn.
 
@@ -182,14 +212,14 @@ def iter_batches(
         folder: Data set.
         split: `train`, `validation` or `test`.
         batch_size: Conformers per batch.
-        cutoff: Å, for neighbour pairs.
-        rank: This process.
-        world_size: Processes.
+        cutoffs: Å, the model's cutoff and reach.
+        rank: This process, and how many there are; None: the only one.
         limit: Stop after that many conformers; 0: all.
 
     Raises:
         DataError: The split is empty, or a shard is damaged.
     """
+    rank = rank or Rank()
     manifest = load_manifest(folder)
     _list_blocks(manifest, split)  # refuses an empty split
     waiting: list[Graph] = []
@@ -199,8 +229,8 @@ def iter_batches(
             break
         waiting.append(graph)
         if len(waiting) == batch_size:
-            if number % world_size == rank:
-                yield collate([build_neighbors(g, cutoff) for g in waiting])
+            if number % rank.world_size == rank.rank:
+                yield collate([build_neighbors(g, *cutoffs) for g in waiting])
             waiting, number = [], number + 1
-    if waiting and number % world_size == rank:
-        yield collate([build_neighbors(g, cutoff) for g in waiting])
+    if waiting and number % rank.world_size == rank.rank:
+        yield collate([build_neighbors(g, *cutoffs) for g in waiting])

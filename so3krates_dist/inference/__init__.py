@@ -1,1 +1,1 @@
-"""Using a trained model: the ASE calculator and molecular dynamics."""
+"""Using a trained model: the ASE calculator, molecular dynamics, pictures of its attention."""

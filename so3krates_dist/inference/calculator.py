@@ -1,13 +1,16 @@
 """A trained model as an ASE calculator: energies, forces and stress for molecules, surfaces and crystals.
 
-Refuses what the model cannot mean anything for: elements it was not trained on, positions that are not finite, periodic
-directions without a lattice vector. Nothing is reused between calls but the model; the neighbour list is made anew each time
-(it is a small part of a step, and a stale one is wrong without a sign).
+Refuses what the model cannot mean anything for: elements it was not trained on, unpaired electrons where it saw none in training,
+periodic structures where it does not see the cell, positions that are not finite, periodic directions without a lattice vector.
+What the model ignores of a structure is said once. Nothing is reused between calls but the model; the neighbour list is made
+anew each time (it is a small part of a step, and a stale one is wrong without a sign).
 """
 
 import copy
+import dataclasses
+import warnings
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import numpy as np
 import torch
@@ -18,10 +21,12 @@ from ase.stress import full_3x3_to_voigt_6_stress
 from so3krates_dist.data.neighbors import build_neighbors
 from so3krates_dist.errors import ConfigError, DataError
 from so3krates_dist.graph import Graph, collate, compute_formula
-from so3krates_dist.model.potential import Potential, check_elements
-from so3krates_dist.model.registry import load_model
+from so3krates_dist.model.potential import Potential, describe_ignored
+from so3krates_dist.model.registry import change_model, load_model
 
 DTYPES: Final = {"float32": torch.float32, "float64": torch.float64}
+FURTHER_OUTPUTS: Final = {"dipole": "dipole", "charges": "partial_charges", "hirshfeld_ratios": "hirshfeld_ratios"}
+"""Outputs of a model by the names that ASE has for them, and one that it has none for"""
 MIN_VOLUME: Final = 1e-3
 """Å³; a cell of less is flat"""
 
@@ -30,37 +35,54 @@ class So3kratesCalculator(Calculator):  # type: ignore[misc] # ASE has no comple
     """ASE calculator of a trained model.
 
     Properties: `energy` and `free_energy` (eV, the same number), `forces` (eV/Å), and `stress` (eV/Å³, six components in
-    ASE's order xx yy zz yz xz xy) for structures that are periodic in at least one direction and have three cell vectors.
+    ASE's order xx yy zz yz xz xy) for structures that are periodic in at least one direction and have three cell vectors. Where
+    the model has them, `dipole` (e Å, the sum of charge times position; it depends on the origin of the coordinates where the
+    total charge is not zero, and on the choice of images where the structure is periodic), `charges` (e, of each atom) and
+    `hirshfeld_ratios` (of each atom, its volume over that of the free atom).
 
     The charge is `atoms.info["charge"]` (e, default 0). `atoms.info["spin"]` is the multiplicity, 2S + 1, or the number of
     unpaired electrons: the parity of the number of electrons tells which (a singlet is 1 or 0, a doublet 2 or 1). Without it
-    a structure has no unpaired electron, or one where the number of electrons is odd. Initial charges and magnetic moments
-    are ignored.
+    a structure has no unpaired electron, or one where the number of electrons is odd. A model that could see unpaired electrons
+    but has seen none in training (SO3LR as published) takes none for such a structure, says so once, and refuses structures
+    that state some. Initial charges and magnetic moments are ignored.
 
     Args:
         model: Run folder, a folder with `model.safetensors`, or a model (it is copied, the caller's stays as it is).
         device: Where to compute, e.g. `cpu` or `cuda`.
         dtype: `float32` (fast) or `float64` (smoother energies: for vibrations, long trajectories, tight relaxations).
+        long_range_cutoff: Å, where electrostatics and dispersion end; None: they do not end, for molecules only. Without it the
+            model's own. Only for models that have such an option.
 
     Raises:
-        ConfigError: `dtype` is neither of the two.
+        ConfigError: `dtype` is neither of the two, or the model has no long-range cutoff or does not allow this one.
         CheckpointError: The folder holds no model.
     """
 
-    implemented_properties: Final = ["energy", "free_energy", "forces", "stress"]
+    implemented_properties: tuple[str, ...] = ("energy", "free_energy", "forces", "stress")
 
     def __init__(
-        self, model: Potential | Path | str, device: torch.device | str = "cpu", dtype: str = "float32"
+        self,
+        model: Potential | Path | str,
+        device: torch.device | str = "cpu",
+        dtype: str = "float32",
+        long_range_cutoff: float | Literal["of the model"] | None = "of the model",
     ) -> None:
         super().__init__()
         if dtype not in DTYPES:
             raise ConfigError("dtype", f"be one of {', '.join(DTYPES)}", dtype, "Take float32, or float64 to be exact")
         self._device, self._dtype = torch.device(device), DTYPES[dtype]
+        changes = {}
+        if long_range_cutoff != "of the model":
+            changes["long_range_cutoff"] = 0.0 if long_range_cutoff is None else float(long_range_cutoff)
         if isinstance(model, str | Path):
-            self.potential = load_model(model, device=self._device, dtype=self._dtype)
+            self.potential = load_model(model, device=self._device, dtype=self._dtype, changes=changes)
         else:
+            model = change_model(model, changes, device=self._device, dtype=self._dtype) if changes else model
             self.potential = _copy_model(model, self._device, self._dtype)
-        self._electrons: tuple[float, float] | None = None
+        further = tuple(name for name, output in FURTHER_OUTPUTS.items() if output in self.potential.outputs)
+        self.implemented_properties = (*type(self).implemented_properties, *further)
+        self._electrons: tuple[float, float, bool] | None = None
+        self._said: set[str] = set()
 
     def check_state(self, atoms: Atoms, tol: float = 0.0) -> list[str]:
         """Return what has changed since the last call, to the last bit; charge and spin count, which ASE does not look at."""
@@ -68,7 +90,7 @@ class So3kratesCalculator(Calculator):  # type: ignore[misc] # ASE has no comple
             return list(all_changes)
         names = ("positions", "numbers", "cell", "pbc")
         changes = [n for n in names if not np.array_equal(getattr(self.atoms, n), getattr(atoms, n))]
-        return changes if read_electrons(atoms) == self._electrons else [*changes, "info"]
+        return changes if (*read_electrons(atoms), _states_spin(atoms)) == self._electrons else [*changes, "info"]
 
     def calculate(
         self,
@@ -91,10 +113,9 @@ class So3kratesCalculator(Calculator):  # type: ignore[misc] # ASE has no comple
         with_stress = "stress" in (properties or ())
         if with_stress and not (self.atoms.pbc.any() and self.atoms.cell.rank == 3):
             raise PropertyNotImplementedError("stress needs a periodic structure with three cell vectors")
-        self._electrons = read_electrons(self.atoms)
-        graph = make_graph(self.atoms)
-        check_elements(graph.atomic_numbers.tolist(), self.potential.elements, graph.group)
-        batch = collate([build_neighbors(graph, self.potential.cutoff)], self._dtype).to(self._device)
+        self._electrons = (*read_electrons(self.atoms), _states_spin(self.atoms))
+        graph = self._check(make_graph(self.atoms))
+        batch = collate([build_neighbors(graph, *self.potential.cutoffs)], self._dtype).to(self._device)
         output = self.potential(batch, compute_stress=with_stress)
         energy = float(output["energy"])
         self.results = {
@@ -102,8 +123,42 @@ class So3kratesCalculator(Calculator):  # type: ignore[misc] # ASE has no comple
             "free_energy": energy,
             "forces": output["forces"].double().cpu().numpy(),
         }
+        for name, key in FURTHER_OUTPUTS.items():
+            if key in output:
+                self.results[name] = output[key].double().cpu().numpy()
+        if "dipole" in self.results:  # about the origin of the given coordinates, not of the moved ones
+            moved = graph.total_charge * self.atoms.positions.mean(0)
+            self.results["dipole"] = self.results["dipole"][0] + moved
         if with_stress:
             self.results["stress"] = full_3x3_to_voigt_6_stress(output["stress"][0].double().cpu().numpy())
+
+    def _check(self, graph: Graph) -> Graph:
+        """Return the structure as the model takes it.
+
+        Raises:
+            DataError: The model means nothing for it.
+        """
+        sees, statistics = self.potential.as_network.sees, self.potential.statistics
+        is_untrained = "num_unpaired_electrons" in sees and not statistics.has_unpaired_electrons
+        if graph.num_unpaired_electrons and is_untrained and not _states_spin(self.atoms):
+            self._say_once(
+                f"{graph.group} has an odd number of electrons and states no spin; this model, which saw no unpaired electrons in"
+                " training, takes none"
+            )
+            graph = dataclasses.replace(graph, num_unpaired_electrons=0.0)
+        self.potential.check_structure(graph)
+        present = [n for n in ("total_charge", "num_unpaired_electrons") if getattr(graph, n)]
+        self._say_once(describe_ignored(sees, present))
+        return graph
+
+    def _say_once(self, text: str) -> None:
+        if text and text not in self._said:
+            self._said.add(text)
+            warnings.warn_explicit(text, UserWarning, "so3krates_dist", 0)  # one line, without one of the source
+
+
+def _states_spin(atoms: Atoms) -> bool:
+    return atoms.info.get("spin") is not None
 
 
 def _copy_model(model: Potential, device: torch.device, dtype: torch.dtype) -> Potential:
@@ -131,7 +186,7 @@ def read_electrons(atoms: Atoms) -> tuple[float, float]:
     is_odd = bool((int(atoms.numbers.sum()) - int(charge)) % 2)
     if spin is None:
         return float(charge), float(is_odd)
-    is_multiplicity = bool(int(spin) % 2) != is_odd
+    is_multiplicity = int(spin) > 0 and bool(int(spin) % 2) != is_odd  # no multiplicity is zero
     return float(charge), float(int(spin) - is_multiplicity)
 
 

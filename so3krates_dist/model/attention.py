@@ -10,15 +10,16 @@ import math
 
 import torch
 from torch import nn
-from torch.nn.functional import silu
+from torch.nn.functional import linear, silu
 
 from so3krates_dist.model.layer import Linear, initialize_lecun
+from so3krates_dist.model.record import AttentionRecord
 from so3krates_dist.model.spherical import DegreeMaps
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class PairGeometry:
-    """What all layers need to know of the pairs; directed edges are the pairs as given, then the same reversed."""
+    """What all layers need to know of the short pairs; directed edges are the pairs as given, then the same reversed."""
 
     first: torch.Tensor
     """(num_pairs,) int64"""
@@ -28,12 +29,23 @@ class PairGeometry:
     """(2 num_pairs,) int64"""
     senders: torch.Tensor
     """(2 num_pairs,) int64"""
+    distances: torch.Tensor
+    """(num_pairs,) Å"""
     envelope: torch.Tensor
     """(num_pairs, 1) cutoff function"""
     radial: torch.Tensor
     """(num_pairs, K) radial basis"""
     harmonics: torch.Tensor
     """(2 num_pairs, ev_dim) harmonics of the directions from receiver to sender"""
+
+
+def record_attention(
+    record: AttentionRecord, pairs: PairGeometry, feature: torch.Tensor, geometric: torch.Tensor, maps: DegreeMaps
+) -> None:
+    """Keep the coefficients of feature attention (num_edges, heads) and of geometric attention (num_edges, num_degrees)."""
+    heads = tuple(f"head {i}" for i in range(feature.shape[1]))
+    record.add("feature", heads, pairs.receivers, pairs.senders, feature)
+    record.add("geometric", tuple(f"l = {d}" for d in maps.degrees), pairs.receivers, pairs.senders, geometric)
 
 
 class PairNetwork(nn.Module):
@@ -59,28 +71,39 @@ class PairNetwork(nn.Module):
         hidden = silu(self.hidden(inputs)).view(len(inputs), self.count, self.num_hidden)
         return torch.baddbmm(self.bias, hidden.transpose(0, 1), self.weight)
 
+    def evaluate_one(self, number: int, inputs: torch.Tensor) -> torch.Tensor:
+        """Map (num_pairs, num_inputs) to (num_pairs, num_outputs) with one of the networks, counted from 0."""
+        rows = slice(number * self.num_hidden, (number + 1) * self.num_hidden)
+        hidden = silu(linear(inputs, self.hidden.weight[rows], self.hidden.bias[rows]))
+        return torch.addmm(self.bias[number], hidden, self.weight[number])
+
 
 class HeadProjections(nn.Module):
-    """Several bias-free projections per head, done as one batched product.
+    """Several projections per head, done as one batched product.
 
     Args:
         num_features: F.
         num_heads: Heads; each sees its contiguous chunk of F / num_heads features.
         count: Number of projections (query, key, value).
+        bias: Whether they have biases (So3krates of 2022) or none (its successors).
     """
 
-    def __init__(self, num_features: int, num_heads: int, count: int) -> None:
+    def __init__(self, num_features: int, num_heads: int, count: int, bias: bool = False) -> None:
         super().__init__()
         width = num_features // num_heads
         self.num_heads, self.count = num_heads, count
         self.weight = nn.Parameter(torch.empty(num_heads, width, count * width))
+        self.bias = nn.Parameter(torch.zeros(num_heads, 1, count * width)) if bias else None
         initialize_lecun(self.weight, width)
 
     def forward(self, inv_features: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
         """Map (num_atoms, F) to `count` tensors (num_atoms, F), computed in `dtype`."""
         num_atoms, width = len(inv_features), self.weight.shape[1]
         heads = inv_features.view(num_atoms, self.num_heads, width).transpose(0, 1).to(dtype)
-        projected = torch.bmm(heads, self.weight.to(dtype)).view(self.num_heads, num_atoms, self.count, width)
+        projected = torch.bmm(heads, self.weight.to(dtype))
+        if self.bias is not None:
+            projected = projected + self.bias.to(dtype)
+        projected = projected.view(self.num_heads, num_atoms, self.count, width)
         return list(projected.permute(2, 1, 0, 3).flatten(2).unbind(0))
 
 
@@ -121,7 +144,11 @@ class EuclideanAttention(nn.Module):
         self.geometric_projections = HeadProjections(num_features, num_degrees, 2)
 
     def forward(
-        self, inv_features: torch.Tensor, ev_features: torch.Tensor | None, pairs: PairGeometry
+        self,
+        inv_features: torch.Tensor,
+        ev_features: torch.Tensor | None,
+        pairs: PairGeometry,
+        record: AttentionRecord | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the messages.
 
@@ -130,6 +157,7 @@ class EuclideanAttention(nn.Module):
             ev_features: (num_atoms, ev_dim), or None where they are zero (the first layer): the spherical filter is then
                 one constant vector.
             pairs: Geometry of the neighbour pairs.
+            record: Keeps the attention coefficients.
 
         Returns:
             (num_atoms, F) and (num_atoms, ev_dim), to be added to x and chi.
@@ -141,6 +169,8 @@ class EuclideanAttention(nn.Module):
         geometric_query, geometric_key = self.geometric_projections(inv_features, dtype)
         geometric_weights = self._compute_coefficients(geometric_query, geometric_key, filters[1], pairs, 1)
 
+        if record is not None:
+            record_attention(record, pairs, feature_weights, geometric_weights, self.maps)
         num_atoms, num_features = inv_features.shape
         values = value.index_select(0, pairs.senders).view(*feature_weights.shape, num_features // self.heads[0])
         messages = (feature_weights[..., None] * values).view(-1, num_features)

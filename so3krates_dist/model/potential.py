@@ -1,20 +1,23 @@
 """From per-atom energies to what a force field gives: total energy, conservative forces, stress.
 
-Energies depend on positions and cell through the pair vectors alone, so one derivative by these vectors gives both:
-forces are its sums over the pairs of each atom, and stress is its outer product with the vectors (the virial), both exact.
+Energies depend on positions and cell through the pair vectors alone (but for Ewald sums), so one derivative by these vectors gives
+both: forces are its sums over the pairs of each atom, and stress is its outer product with the vectors (the virial), both exact.
 """
 
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Final
+from typing import Any, Final, Protocol, cast
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
+from so3krates_dist.config import ModelSection
 from so3krates_dist.errors import ConfigError, DataError
-from so3krates_dist.graph import ELEMENT_SYMBOLS, MAX_ATOMIC_NUMBER, GraphBatch
+from so3krates_dist.graph import ELEMENT_SYMBOLS, MAX_ATOMIC_NUMBER, Graph, GraphBatch, check_box, check_periodicity
+from so3krates_dist.model.record import AttentionMap, AttentionRecord
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,22 +33,25 @@ class ModelStatistics:
     mean_neighbors: float
     """mean number of neighbours within the cutoff"""
 
+    has_unpaired_electrons: bool = False
+    """whether structures with unpaired electrons are among the data; where not, what a model makes of them is random"""
+
     @classmethod
-    def from_manifest(cls, statistics: Mapping[str, Any], cutoff: float) -> "ModelStatistics":
+    def from_manifest(cls, statistics: Mapping[str, Any], section: ModelSection) -> "ModelStatistics":
         """Take what is needed from a data set's manifest.
 
         Args:
             statistics: `Manifest.statistics`; keys are documented in data/statistics.py.
-            cutoff: Å, of the model.
+            section: The model.
 
         Raises:
-            ConfigError: The cutoff lies outside the distances up to which neighbours were counted.
+            ConfigError: The model's cutoff lies outside the distances up to which neighbours were counted.
         """
         counts = sorted((float(k), float(v)) for k, v in statistics["mean_neighbors"].items())
-        if not counts[0][0] <= cutoff <= counts[-1][0]:
+        if section.uses_mean_neighbors and not counts[0][0] <= section.cutoff <= counts[-1][0]:
             rule = f"be from {counts[0][0]:g} to {counts[-1][0]:g} Å, where the data's neighbours are counted"
-            raise ConfigError("model.cutoff", rule, cutoff, "Change the value")
-        neighbors = float(np.interp(cutoff, [c for c, _ in counts], [n for _, n in counts]))
+            raise ConfigError("model.cutoff", rule, section.cutoff, "Change the value")
+        neighbors = float(np.interp(section.cutoff, [c for c, _ in counts], [n for _, n in counts]))
         # Data without forces have no force RMS; their energies per atom vary on a similar scale.
         scale = statistics["force_rms"] or statistics["energy_residual_std_per_atom"] or 1.0
         return cls(
@@ -53,6 +59,7 @@ class ModelStatistics:
             energy_baselines={int(z): float(e) for z, e in statistics["energy_baselines"].items()},
             energy_scale=float(scale),
             mean_neighbors=max(neighbors, 1.0),
+            has_unpaired_electrons=bool(set(statistics.get("num_unpaired_electrons", {})) - {"0"}),
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -69,13 +76,15 @@ class ModelStatistics:
         Raises:
             ValueError: A value is missing, unknown, of the wrong kind or out of range; the message names it.
         """
+        if isinstance(content, Mapping):
+            content = {"has_unpaired_electrons": False, **content}  # models of version 0.2 and before do not say
         if not isinstance(content, Mapping) or set(content) != set(_READERS):
             raise ValueError(f"statistics has {list(content)}, not {list(_READERS)}")
         values = {}
         for name, read in _READERS.items():
             try:
                 values[name] = read(content[name])
-            except (TypeError, ValueError, AttributeError) as error:
+            except (TypeError, ValueError, AttributeError, KeyError) as error:
                 raise ValueError(f"statistics.{name} is {content[name]!r}") from error
         return cls(**values)
 
@@ -97,6 +106,7 @@ _READERS: Final[dict[str, Callable[[Any], Any]]] = {
     "energy_baselines": lambda value: {_read_atomic_number(z): _read_number(e) for z, e in value.items()},
     "energy_scale": lambda value: _read_number(value, 0),
     "mean_neighbors": lambda value: _read_number(value, 0),
+    "has_unpaired_electrons": lambda value: {True: True, False: False}[value],
 }
 """How each field of `ModelStatistics` is read from a file that may be damaged."""
 
@@ -117,23 +127,83 @@ def check_elements(atomic_numbers: Iterable[int], elements: Iterable[int], where
         raise DataError(where, rule, symbols, "Take another model, or train one on data with these elements")
 
 
+def check_unpaired_electrons(sees: frozenset[str], statistics: ModelStatistics, where: str) -> None:
+    """Raise `DataError` for a structure with unpaired electrons where what the model makes of them was never trained.
+
+    Args:
+        sees: Of the model.
+        statistics: Of the model.
+        where: File or molecule, for the message.
+    """
+    if "num_unpaired_electrons" in sees and not statistics.has_unpaired_electrons:
+        rule = "have no unpaired electrons: the model's embedding of their number was never trained"
+        raise DataError(
+            where, rule, "some", 'Take another model; in ASE, atoms.info["spin"] = 0 treats it as a closed shell'
+        )
+
+
+def describe_ignored(sees: frozenset[str], present: Iterable[str]) -> str:
+    """Return a line about what structures have and the model ignores; empty where it ignores nothing.
+
+    Args:
+        sees: Of the model.
+        present: Which of `total_charge` and `num_unpaired_electrons` are not zero somewhere.
+    """
+    words = {"total_charge": "total charges", "num_unpaired_electrons": "unpaired electrons"}
+    ignored = [text for name, text in words.items() if name in present and name not in sees]
+    return f"there are {' and '.join(ignored)}, which this model does not see" if ignored else ""
+
+
+class Network(Protocol):
+    """What a model of the family is to the potential around it."""
+
+    cutoff: float
+    """Å; pairs within it are the batch's short pairs"""
+    reach: float
+    """Å; how far the batch's pairs go; infinite: all pairs of a molecule"""
+    sees: frozenset[str]
+    """what is used of a structure besides elements and positions"""
+    uses_positions: bool
+    """whether energies depend on positions and cell other than through the pair vectors"""
+    checkpoint_attention: bool
+    """compute the attention blocks again in the backward pass"""
+
+    def __call__(
+        self, batch: GraphBatch, vectors: torch.Tensor, record: AttentionRecord | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Compute what the model knows of each atom.
+
+        Args:
+            batch: Structures; their positions are read only where `uses_positions` says so, or for outputs other than energies.
+            vectors: (num_pairs, 3) Å from the first to the second atom of each pair.
+            record: Keeps the attention coefficients.
+
+        Returns:
+            `atom_energies` (num_atoms,) the learned part in units of the energy scale; where the model has such terms
+            `physical_energies` (num_atoms,) eV; and outputs of other names, e.g. `dipole` (num_graphs, 3) e Å.
+        """
+        ...
+
+
 class Potential(nn.Module):
-    """A potential energy surface: batch in, energy, forces and stress out.
+    """A potential energy surface: batch in, energy, forces, stress and the network's other outputs out.
 
     This is the module that the training engine wraps: forces are taken inside `forward`, because differentiating the
     output of a wrapped module is wrong under ZeRO, at stage 1 without any error.
 
     Args:
-        network: Module with `forward(batch, vectors) -> (num_atoms,)` and `cutoff`.
+        network: A module that is a `Network`.
         statistics: Of the training data.
+        section: What the network was made of; None for one that has no configuration.
     """
 
     energy_baselines: torch.Tensor
 
-    def __init__(self, network: nn.Module, statistics: ModelStatistics) -> None:
+    def __init__(self, network: nn.Module, statistics: ModelStatistics, section: ModelSection | None = None) -> None:
         super().__init__()
         self.network = network
         self.statistics = statistics
+        self.section = section
         baselines = torch.zeros(MAX_ATOMIC_NUMBER + 1, dtype=torch.float64)
         for atomic_number, energy in statistics.energy_baselines.items():
             baselines[atomic_number] = energy
@@ -147,9 +217,39 @@ class Potential(nn.Module):
         return self
 
     @property
-    def cutoff(self) -> float:
-        """Distance in Å within which atoms are neighbours."""
-        return float(self.network.cutoff)  # type: ignore[arg-type]
+    def cutoffs(self) -> tuple[float, float]:
+        """Distances in Å within which atoms are neighbours, and up to which pairs go."""
+        network = self.as_network
+        return network.cutoff, network.reach
+
+    @property
+    def as_network(self) -> Network:
+        """The network, with the type that it has."""
+        return cast(Network, self.network)
+
+    def check_structure(self, graph: Graph) -> None:
+        """Raise `DataError` where the model means nothing for a structure: elements, periodic directions, unpaired electrons."""
+        where = graph.group or "structure"
+        check_elements(graph.atomic_numbers.tolist(), self.elements, where)
+        self.check_box(graph.pbc, where)
+        if graph.num_unpaired_electrons:
+            check_unpaired_electrons(self.as_network.sees, self.statistics, where)
+
+    def check_box(self, pbc: npt.NDArray[np.bool_] | None, where: str) -> None:
+        """Raise `DataError` where the model cannot be used for a structure because of its periodic directions.
+
+        Args:
+            pbc: (3,) whether the structure repeats along each lattice vector; None for a molecule.
+            where: File or structure, for the message.
+        """
+        check_box(pbc, self.as_network.sees, self.cutoffs[1], where)
+        if getattr(self.section, "electrostatics", "") in ("ewald", "pme"):
+            check_periodicity(pbc, where)
+
+    @property
+    def outputs(self) -> frozenset[str]:
+        """What it gives besides energy, forces and stress."""
+        return frozenset() if self.section is None else self.section.outputs
 
     @property
     def elements(self) -> tuple[int, ...]:
@@ -160,24 +260,61 @@ class Potential(nn.Module):
         """Compute energies and their derivatives.
 
         Args:
-            batch: Structures with neighbour pairs within at least the cutoff.
+            batch: Structures with their pairs up to at least `cutoffs`.
             compute_stress: Return stress too; nan for structures without a cell.
 
         Returns:
             `energy` (num_graphs,) eV in float64; `forces` (num_atoms, 3) eV/Å; on request `stress` (num_graphs, 3, 3)
-            eV/Å³. In training mode they can be differentiated by the weights, in evaluation mode they are detached.
+            eV/Å³; and the network's other outputs under their names. In training mode they can be differentiated by the
+            weights, in evaluation mode they are detached.
         """
         with torch.enable_grad():
-            vectors = compute_vectors(batch).detach().requires_grad_(True)
-            atom_energies = self.network(batch, vectors) * self.statistics.energy_scale
-            (gradient,) = torch.autograd.grad(atom_energies.sum(), vectors, create_graph=self.training)
-        results = {
-            "energy": self._sum_energies(batch, atom_energies),
-            "forces": _sum_forces(batch, gradient),
-        }
+            differentiate = self._differentiate_positions if self.network.uses_positions else self._differentiate_pairs
+            results = differentiate(batch, compute_stress)
+        return results if self.training else {k: v.detach() for k, v in results.items()}
+
+    def record_attention(self, batch: GraphBatch) -> list[AttentionMap]:
+        """Return the attention coefficients of every block, in the order of the layers; see `AttentionMap`."""
+        record = AttentionRecord()
+        with torch.no_grad():
+            self.as_network(batch, compute_vectors(batch), record)
+        return record.maps
+
+    def _differentiate_pairs(self, batch: GraphBatch, compute_stress: bool) -> dict[str, torch.Tensor]:
+        """One derivative by the pair vectors gives forces and stress: energies depend on nothing else."""
+        vectors = compute_vectors(batch).detach().requires_grad_(True)
+        atom_energies, results = self._evaluate(batch, vectors)
+        (gradient,) = torch.autograd.grad(atom_energies.sum(), vectors, create_graph=self.training)
+        results["forces"] = _sum_forces(batch, gradient)
         if compute_stress:
             results["stress"] = _compute_stress(batch, vectors.detach(), gradient)
-        return results if self.training else {k: v.detach() for k, v in results.items()}
+        return results
+
+    def _differentiate_positions(self, batch: GraphBatch, compute_stress: bool) -> dict[str, torch.Tensor]:
+        """Derivatives by positions and by strain, for energies with a reciprocal part."""
+        positions = batch.positions.detach().requires_grad_(True)
+        strain = positions.new_zeros(batch.num_graphs, 3, 3).requires_grad_(True)
+        deformation = torch.eye(3, dtype=strain.dtype, device=strain.device) + (strain + strain.transpose(1, 2)) / 2
+        moved = dataclasses.replace(
+            batch,
+            positions=torch.einsum("ni,nij->nj", positions, deformation[batch.graph_index]),
+            cell=None if batch.cell is None else batch.cell @ deformation,
+        )
+        atom_energies, results = self._evaluate(moved, compute_vectors(moved))
+        gradient, virials = torch.autograd.grad(atom_energies.sum(), (positions, strain), create_graph=self.training)
+        results["forces"] = -gradient
+        if compute_stress:
+            results["stress"] = _divide_by_volume(batch, virials)
+        return results
+
+    def _evaluate(self, batch: GraphBatch, vectors: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Return each atom's energy without its baseline (eV), and the results that need no derivative."""
+        outputs = dict(self.as_network(batch, vectors))
+        atom_energies = outputs.pop("atom_energies") * self.statistics.energy_scale
+        physical = outputs.pop("physical_energies", None)
+        if physical is not None:
+            atom_energies = atom_energies + physical
+        return atom_energies, {"energy": self._sum_energies(batch, atom_energies), **outputs}
 
     def _sum_energies(self, batch: GraphBatch, atom_energies: torch.Tensor) -> torch.Tensor:
         """Sum in float64: total energies are large, their differences are what matters."""
@@ -202,11 +339,15 @@ def _sum_forces(batch: GraphBatch, gradient: torch.Tensor) -> torch.Tensor:
 
 def _compute_stress(batch: GraphBatch, vectors: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
     """Return (1/V) dE/dstrain for symmetric strain: half of r g^T + g r^T, summed over pairs."""
-    if batch.cell is None:
-        return gradient.new_full((batch.num_graphs, 3, 3), math.nan)
     outer = vectors[:, :, None] * gradient[:, None, :]
     virials = outer.new_zeros(batch.num_graphs, 3, 3).index_add(0, batch.graph_index[batch.pair_first], outer)
+    return _divide_by_volume(batch, (virials + virials.transpose(1, 2)) / 2)
+
+
+def _divide_by_volume(batch: GraphBatch, virials: torch.Tensor) -> torch.Tensor:
+    """Return dE/dstrain over the volume, nan for structures without a cell."""
+    if batch.cell is None:
+        return torch.full_like(virials, math.nan)
     volumes = torch.linalg.det(batch.cell).abs()[:, None, None]
     has_cell = volumes > 0
-    stress = (virials + virials.transpose(1, 2)) / torch.where(has_cell, 2 * volumes, 1.0)
-    return torch.where(has_cell, stress, math.nan)
+    return torch.where(has_cell, virials / torch.where(has_cell, volumes, 1.0), math.nan)

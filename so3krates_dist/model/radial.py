@@ -11,8 +11,8 @@ from typing import Final
 import torch
 from torch import nn
 
-BERNSTEIN_DECAY: Final = 0.944863062918464
-"""1/Å; half an inverse Bohr radius, SO3LR's constant"""
+BERNSTEIN_DECAY: Final = 0.9448630809783936
+"""1/Å; half an inverse Bohr radius, 0.944863062918464, in single precision as in the authors' code for SO3LR"""
 
 
 def compute_cosine_cutoff(distances: torch.Tensor, cutoff: float) -> torch.Tensor:

@@ -24,15 +24,24 @@ from so3krates_dist.errors import CheckpointError, DataError, So3kratesError
 from so3krates_dist.files import write_text
 from so3krates_dist.graph import ELEMENT_SYMBOLS, MAX_ATOMIC_NUMBER, FloatArray, GraphBatch
 from so3krates_dist.metrics import METRICS_NAME, print_table, read_metrics
-from so3krates_dist.model.potential import Potential, check_elements
+from so3krates_dist.model.potential import (
+    Potential,
+    check_elements,
+    check_unpaired_electrons,
+    describe_ignored,
+)
 from so3krates_dist.model.registry import load_model
 from so3krates_dist.train import pictures
+from so3krates_dist.train.checkpoint import CONFIG_NAME
+from so3krates_dist.train.losses import shift_dipoles
 
 OTHER: Final = "(other)"
 """Row for conformers of a group that was not named"""
 MAX_TABLE_ROWS: Final = 30
 EVALUATION_BATCH_SIZE: Final = 32
-_LABELS: Final = ("energy", "forces", "stress")
+_LABELS: Final = ("energy", "forces", "stress", "dipole", "hirshfeld_ratios")
+_COLUMNS: Final = {name: slice(1 + 3 * i, 4 + 3 * i) for i, name in enumerate(_LABELS)}
+"""Where the sums of each label are in a row, after the number of conformers"""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -66,6 +75,10 @@ class Errors:
     """per component, eV/Å"""
     stress: ErrorSums
     """per component of the 3x3 matrix, eV/Å³"""
+    dipole: ErrorSums = ErrorSums()
+    """per component, e Å"""
+    hirshfeld_ratios: ErrorSums = ErrorSums()
+    """per atom"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,15 +107,20 @@ class Evaluation:
     samples: Samples | None = None
 
     def summary(self) -> dict[str, float]:
-        """Return the figures that are logged: eV/atom, eV/Å, eV/Å³; nan where the data have no such label."""
+        """Return the figures that are logged: eV/atom, eV/Å, eV/Å³, e Å; nan where the data have no energies or forces.
+
+        Other labels are there where data and model have them.
+        """
         result = {
             "energy_mae_per_atom": self.overall.energy.mae,
             "energy_rmse_per_atom": self.overall.energy.rmse,
             "forces_mae": self.overall.forces.mae,
             "forces_rmse": self.overall.forces.rmse,
         }
-        if self.overall.stress.count:
-            result |= {"stress_mae": self.overall.stress.mae, "stress_rmse": self.overall.stress.rmse}
+        for name in _LABELS[2:]:
+            sums: ErrorSums = getattr(self.overall, name)
+            if sums.count:
+                result |= {f"{name}_mae": sums.mae, f"{name}_rmse": sums.rmse}
         return result
 
     def to_json(self) -> dict[str, Any]:
@@ -144,14 +162,27 @@ class _Accumulator:
         self.groups[:, 0].index_add_(0, rows, torch.ones(len(rows), dtype=torch.float64, device=device))
         if batch.energy is not None:
             errors = (results["energy"] - batch.energy) / batch.num_atoms
-            self._add_sums(self.groups[:, 1:4], rows, errors[:, None], batch.energy[:, None])
+            self._add_sums(self._column("energy"), rows, errors[:, None], batch.energy[:, None])
         if batch.forces is not None:
             errors = results["forces"].double() - batch.forces.double()
-            self._add_sums(self.groups[:, 4:7], rows[batch.graph_index], errors, batch.forces)
+            self._add_sums(self._column("forces"), rows[batch.graph_index], errors, batch.forces)
             self._add_sums(self.elements, batch.atomic_numbers, errors, batch.forces)
         if batch.stress is not None and "stress" in results:
             errors = (results["stress"].double() - batch.stress.double()).flatten(1)
-            self._add_sums(self.groups[:, 7:10], rows, errors, batch.stress.flatten(1))
+            self._add_sums(self._column("stress"), rows, errors, batch.stress.flatten(1))
+        self._add_further(batch, results, rows)
+
+    def _add_further(self, batch: GraphBatch, results: Mapping[str, torch.Tensor], rows: torch.Tensor) -> None:
+        if batch.dipole is not None and "dipole" in results:
+            errors = shift_dipoles(results["dipole"].double(), batch) - batch.dipole.double()
+            self._add_sums(self._column("dipole"), rows, errors, batch.dipole)
+        if batch.hirshfeld_ratios is not None and "hirshfeld_ratios" in results:
+            errors = (results["hirshfeld_ratios"].double() - batch.hirshfeld_ratios.double())[:, None]
+            labels = batch.hirshfeld_ratios[:, None]
+            self._add_sums(self._column("hirshfeld_ratios"), rows[batch.graph_index], errors, labels)
+
+    def _column(self, label: str) -> torch.Tensor:
+        return self.groups[:, _COLUMNS[label]]
 
     @staticmethod
     def _add_sums(sums: torch.Tensor, rows: torch.Tensor, errors: torch.Tensor, labels: torch.Tensor) -> None:
@@ -212,18 +243,25 @@ def _predict(
     # Geometry is never coarser than float32, whatever the weights are stored in.
     dtype = torch.float64 if any(p.dtype == torch.float64 for p in potential.parameters()) else torch.float32
     for batch in batches:
-        _check_batch(batch, set(potential.elements))
+        _check_batch(batch, potential)
         on_device = batch.to(device, dtype)
         yield on_device, potential(on_device, compute_stress=compute_stress and batch.cell is not None)
 
 
-def _check_batch(batch: GraphBatch, elements: set[int]) -> None:
-    """Raise where an element is unknown, naming the group of the first structure that has one."""
-    numbers = batch.atomic_numbers.tolist()
-    stranger = next((i for i, z in enumerate(numbers) if z not in elements), None)
-    if stranger is not None:
-        group = batch.group[int(batch.graph_index[stranger])] if batch.group else ""
-        check_elements(numbers, elements, group or "structure")
+def _check_batch(batch: GraphBatch, potential: Potential) -> None:
+    """Raise where the model means nothing for a structure, naming the group of the first one."""
+    for number, pbc in enumerate(() if batch.pbc is None else batch.pbc.numpy()):
+        potential.check_box(pbc, _name(batch, number))
+    strangers = ~torch.isin(batch.atomic_numbers, torch.tensor(potential.elements))
+    if strangers.any():
+        where = _name(batch, int(batch.graph_index[strangers.nonzero()[0]]))
+        check_elements(batch.atomic_numbers.tolist(), potential.elements, where)
+    if len(unpaired := batch.num_unpaired_electrons.nonzero()):
+        check_unpaired_electrons(potential.as_network.sees, potential.statistics, _name(batch, int(unpaired[0])))
+
+
+def _name(batch: GraphBatch, number: int) -> str:
+    return (batch.group[number] if batch.group else "") or "structure"
 
 
 def _reduce(sums: _Accumulator, failure: So3kratesError | None, device: torch.device) -> tuple[np.ndarray, np.ndarray]:
@@ -251,14 +289,13 @@ def _build_evaluation(
 
 
 def _row_to_errors(row: np.ndarray) -> Errors:
-    sums = {label: ErrorSums(*row[1 + 3 * i : 4 + 3 * i].tolist()) for i, label in enumerate(_LABELS)}
+    sums = {label: ErrorSums(*row[columns].tolist()) for label, columns in _COLUMNS.items()}
     return Errors(num_conformers=round(row[0]), **sums)
 
 
 def _keep(batch: GraphBatch, results: Mapping[str, torch.Tensor]) -> dict[str, FloatArray]:
     def to_numpy(tensor: torch.Tensor | None, like: torch.Tensor) -> FloatArray:
-        missing = torch.full(like.shape, math.nan)
-        return np.asarray((missing if tensor is None else tensor).double().cpu().numpy())
+        return np.asarray((torch.full(like.shape, math.nan) if tensor is None else tensor).double().cpu().numpy())
 
     return {
         "num_atoms": to_numpy(batch.num_atoms, batch.num_atoms),
@@ -296,7 +333,7 @@ def evaluate_run(
     the run's own into `evaluation/<name of the data folder>/`.
 
     Args:
-        folder: Run folder.
+        folder: Run folder, or with a data set any folder with a model.
         split: `train`, `validation` or `test`.
         dataset: Data set folder; None: the one that the run was trained on.
         device: Where to compute.
@@ -305,13 +342,16 @@ def evaluate_run(
         CheckpointError: The folder is no run, or holds no model yet.
         DataError: The data are damaged, hold nothing to evaluate or elements that the model does not know.
     """
-    own = _find_dataset(folder)
-    dataset = own if dataset is None else dataset
+    is_run = dataset is None or (folder / CONFIG_NAME).is_file()
+    own = _find_dataset(folder) if is_run else None
+    dataset = dataset or own
+    assert dataset is not None
     manifest = check_dataset(dataset)
     _check_split(manifest, split, dataset)
     potential = load_model(folder, device=device)
-    _check_dataset_elements(dataset, manifest, split, potential)
-    batches = iter_batches(dataset, split, batch_size=EVALUATION_BATCH_SIZE, cutoff=potential.cutoff)
+    if ignored := describe_ignored(potential.as_network.sees, _check_structures(dataset, manifest, split, potential)):
+        print(f"note: {ignored}")
+    batches = iter_batches(dataset, split, batch_size=EVALUATION_BATCH_SIZE, cutoffs=potential.cutoffs)
     evaluation = evaluate(
         potential,
         batches,
@@ -320,18 +360,17 @@ def evaluate_run(
         compute_stress="stress" in manifest.labels,
         keep_samples=True,
     )
-    is_own = dataset.resolve() == own.resolve()
-    target = folder / "evaluation" if is_own else folder / "evaluation" / dataset.resolve().name
+    name = "" if own is not None and dataset.resolve() == own.resolve() else dataset.resolve().name
+    target = folder / "evaluation" / name
     _write_results(folder, target, evaluation, manifest, split)
     return evaluation
 
 
 def _find_dataset(folder: Path) -> Path:
-    path = folder / "config.yaml"
+    path = folder / CONFIG_NAME
     if not path.is_file():
-        raise CheckpointError(
-            str(folder), "be a run folder with config.yaml", "none", "Give a folder that `so3krates train` made"
-        )
+        remedy = "Give a folder that `so3krates train` made, or data with --data"
+        raise CheckpointError(str(folder), f"be a run folder with {CONFIG_NAME}", "none", remedy)
     return Path(read_config(path).data.folder)
 
 
@@ -341,16 +380,27 @@ def _check_split(manifest: Manifest, split: str, dataset: Path) -> None:
         raise DataError(f"{dataset} split `{split}`", "hold conformers", counts, "Choose another split with --split")
 
 
-def _check_dataset_elements(dataset: Path, manifest: Manifest, split: str, potential: Potential) -> None:
-    """Check all structures before computing the first; reading them is cheap beside computing them."""
-    reader = BlockReader(dataset)
+def _check_structures(dataset: Path, manifest: Manifest, split: str, potential: Potential) -> set[str]:
+    """Check all structures before computing the first; reading them is cheap beside computing them.
+
+    Returns:
+        Which of `total_charge` and `num_unpaired_electrons` are not zero somewhere.
+    """
+    reader, present = BlockReader(dataset), set[str]()
     try:
         for shard in manifest.of_split(split):
             for entry in shard.blocks:
-                numbers = np.unique(reader.read(shard, entry).columns["atomic_numbers"]).tolist()
-                check_elements(numbers, potential.elements, f"{dataset / shard.file}:{entry.key}")
+                columns, where = reader.read(shard, entry).columns, f"{dataset / shard.file}:{entry.key}"
+                check_elements(np.unique(columns["atomic_numbers"]).tolist(), potential.elements, where)
+                for pbc in columns.get("pbc", ()):
+                    potential.check_box(pbc, where)
+                stated = {n for n in ("total_charge", "num_unpaired_electrons") if columns[n].any()}
+                if "num_unpaired_electrons" in stated:
+                    check_unpaired_electrons(potential.as_network.sees, potential.statistics, where)
+                present |= stated
     finally:
         reader.close()
+    return present
 
 
 def _write_results(folder: Path, target: Path, evaluation: Evaluation, manifest: Manifest, split: str) -> None:
@@ -359,9 +409,12 @@ def _write_results(folder: Path, target: Path, evaluation: Evaluation, manifest:
         "version": __version__,
         "data": {"name": manifest.name, "fingerprint": manifest.fingerprint, "split": split},
         "level_of_theory": manifest.level_of_theory,
-        "units": {"energy": "eV/atom", "forces": "eV/Angstrom", "stress": "eV/Angstrom^3"},
+        "units": {
+            "energy": "eV/atom", "forces": "eV/Angstrom", "stress": "eV/Angstrom^3", "dipole": "e Angstrom",
+            "hirshfeld_ratios": "1",
+        },
         **evaluation.to_json(),
-    }
+    }  # fmt: skip
     write_text(target / f"{split}.json", json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     assert evaluation.samples is not None
     _draw_parities(evaluation.samples, manifest, target, f"{manifest.name}, {split} split")
@@ -425,6 +478,10 @@ def print_evaluation(evaluation: Evaluation, title: str) -> None:
     ]
     if elements:
         print_table("Forces by element", ("element", "atoms", "F MAE meV/Å", "F RMSE"), elements)
+    labels = {"dipole (me Å)": evaluation.overall.dipole, "Hirshfeld ratio (1e-3)": evaluation.overall.hirshfeld_ratios}
+    further = [(n, f"{s.count:.0f}", f"{1e3 * s.mae:.2f}", f"{1e3 * s.rmse:.2f}") for n, s in labels.items() if s.count]
+    if further:
+        print_table("Further labels", ("label", "numbers", "MAE", "RMSE"), further)
     missing = evaluation.overall.num_conformers - round(evaluation.overall.energy.count)
     if missing:
         print(f"{missing} of {evaluation.overall.num_conformers} conformers have no energy label")

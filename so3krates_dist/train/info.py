@@ -32,25 +32,28 @@ class Setting:
     type: str
     default: str
     text: str
-    """the text under the field in config.py"""
+    """the text under the field in the package config"""
+    model: str = ""
+    """`model.name` of the model whose option it is; empty: there always"""
 
 
 def _attribute_texts(section: type) -> dict[str, str]:
-    """Return the text under each field of a dataclass; Python keeps it in the source only."""
-    source = ast.parse(textwrap.dedent(inspect.getsource(section))).body[0]
-    assert isinstance(source, ast.ClassDef)
+    """Return the text under each field of a dataclass and of those it inherits from; Python keeps it in the source only."""
     texts: dict[str, str] = {}
-    for field, after in zip(source.body, source.body[1:], strict=False):
-        match field, after:
-            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
-                texts[name] = " ".join(text.split())
+    for owner in reversed([c for c in section.__mro__ if dataclasses.is_dataclass(c)]):
+        source = ast.parse(textwrap.dedent(inspect.getsource(owner))).body[0]
+        assert isinstance(source, ast.ClassDef)
+        for field, after in zip(source.body, source.body[1:], strict=False):
+            match field, after:
+                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                    texts[name] = " ".join(text.split())
     return texts
 
 
 def _name_type(hint: Any) -> str:
     if typing.get_origin(hint) is typing.Literal:
         return " | ".join(map(str, typing.get_args(hint)))
-    return "[int, ...]" if typing.get_origin(hint) is tuple else str(hint.__name__)
+    return f"[{typing.get_args(hint)[0].__name__}, ...]" if typing.get_origin(hint) is tuple else str(hint.__name__)
 
 
 def _format_value(value: Any) -> str:
@@ -60,24 +63,43 @@ def _format_value(value: Any) -> str:
 
 
 def list_settings() -> list[Setting]:
-    """Return every key of the configuration with its type, default and meaning, in the order of the schema."""
-    settings = []
-    for section_name, section in typing.get_type_hints(schema.RunConfig).items():
-        texts, hints = _attribute_texts(section), typing.get_type_hints(section)
-        for field in dataclasses.fields(section):
-            settings.append(
-                Setting(
-                    key=f"{section_name}.{field.name}",
-                    type=_name_type(hints[field.name]),
-                    default=_format_value(field.default),
-                    text=texts.get(field.name, ""),
-                )
-            )
+    """Return every key of the configuration with its type, default and meaning, in the order of the schema.
+
+    Options of the section `model` are there for each model that has them, after `model.name`.
+    """
+    settings: list[Setting] = []
+    for name, section in typing.get_type_hints(schema.RunConfig).items():
+        if name != "model":
+            settings += _list_section(name, section)
+            continue
+        text = _attribute_texts(schema.ModelSection)["name"]
+        settings.append(Setting("model.name", " | ".join(schema.MODEL_SECTIONS), schema.DEFAULT_MODEL, text))
+        for model, options in schema.MODEL_SECTIONS.items():
+            settings += [s for s in _list_section(name, options, model) if s.key != "model.name"]
     return settings
 
 
+def _list_section(name: str, section: type, model: str = "") -> list[Setting]:
+    texts, hints = _attribute_texts(section), typing.get_type_hints(section)
+    return [
+        Setting(
+            key=f"{name}.{field.name}",
+            type=_name_type(hints[field.name]),
+            default=_format_value(field.default),
+            text=texts.get(field.name, ""),
+            model=model,
+        )
+        for field in dataclasses.fields(section)
+    ]
+
+
 def _print_settings() -> None:
+    model = ""
     for setting in list_settings():
+        if setting.model not in ("", model):
+            title = inspect.getdoc(schema.MODEL_SECTIONS[setting.model]) or ""
+            print(f"options of model.name={setting.model}: {title.splitlines()[0]}")
+        model = setting.model
         print(f"{setting.key} = {setting.default}    ({setting.type})")
         print(f"    {setting.text}")
     print("overlays, each a file of configs/ or the path of a yaml file:")
@@ -124,6 +146,12 @@ def _format_figures(values: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {value:.4g}" for name, value in numbers.items())
 
 
+def _describe_model(section: schema.ModelSection) -> str:
+    """Return the model's name and the options that are not its defaults."""
+    fields = [f for f in dataclasses.fields(section) if getattr(section, f.name) != f.default]
+    return ", ".join([section.name, *(f"{f.name}={_format_value(getattr(section, f.name))}" for f in fields)])
+
+
 def describe_run(folder: Path) -> list[tuple[str, object]]:
     """Return what a run folder holds, as rows of name and finding.
 
@@ -148,7 +176,8 @@ def describe_run(folder: Path) -> list[tuple[str, object]]:
         ("data", config.data.folder),
         ("steps asked for", config.train.num_steps),
         ("checkpoints", ", ".join(checkpoints) or "none"),
-        ("model", "model.safetensors" if (folder / "model.safetensors").is_file() else "none yet"),
+        ("model", _describe_model(config.model)),
+        ("weights", "model.safetensors" if (folder / "model.safetensors").is_file() else "none yet"),
     ]
     rows += [(f"run.json: {key}", value) for key, value in _read_json(folder / "run.json").items()]
     records = read_metrics(folder / "metrics.jsonl") if (folder / "metrics.jsonl").is_file() else []

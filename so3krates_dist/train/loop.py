@@ -4,13 +4,15 @@ import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Final
 
+import numpy as np
 import torch
 
 from so3krates_dist import __version__
-from so3krates_dist.config import RunConfig
+from so3krates_dist.config import ModelSection, RunConfig
 from so3krates_dist.data.shards import Manifest, check_dataset, iter_graphs
-from so3krates_dist.data.stream import TrainingStream, build_loader, iter_batches
+from so3krates_dist.data.stream import TrainingStream, build_loader, check_allows_box, iter_batches
 from so3krates_dist.distributed import (
     Rank,
     broadcast_text,
@@ -28,13 +30,13 @@ from so3krates_dist.distributed import (
 from so3krates_dist.errors import EXIT_DONE, EXIT_REQUEUE, ConfigError, DataError, So3kratesError
 from so3krates_dist.graph import GraphBatch
 from so3krates_dist.metrics import MetricsLogger
-from so3krates_dist.model.potential import ModelStatistics, check_elements
+from so3krates_dist.model.potential import ModelStatistics, check_elements, check_unpaired_electrons, describe_ignored
 from so3krates_dist.model.registry import build_model, save_model
 from so3krates_dist.train.checkpoint import RunFolder, TrainingState, find_checkpoint, load_checkpoint, save_checkpoint
 from so3krates_dist.train.engine import TrainingEngine
 from so3krates_dist.train.evaluate import EVALUATION_BATCH_SIZE, evaluate
 from so3krates_dist.train.guard import FiniteGuard, StopRequest
-from so3krates_dist.train.losses import LABELS, compute_loss, count_labels
+from so3krates_dist.train.losses import LABELS, WEIGHTS, compute_loss, count_labels
 from so3krates_dist.train.optim import WeightMean, compute_learning_rate
 from so3krates_dist.train.window import StepWindow
 
@@ -79,16 +81,34 @@ def _check_data(config: RunConfig, hashes: bool) -> Manifest:
     folder = Path(config.data.folder)
     manifest = check_dataset(folder, hashes=hashes)
     for label in LABELS:
-        if getattr(config.train, f"{label}_weight") and label not in manifest.labels:
+        if getattr(config.train, WEIGHTS[label]) and label not in manifest.labels:
             have = f"a data set with {', '.join(manifest.labels)} only"
-            raise ConfigError(f"train.{label}_weight", f"be 0 without {label} labels", have, "Set it to 0")
-    if manifest.num_conformers("validation"):
-        held_out = {int(z) for g in iter_graphs(folder, manifest, "validation") for z in g.atomic_numbers}
-        check_elements(held_out, manifest.statistics["elements"], f"{folder} validation split")
-    ModelStatistics.from_manifest(
-        manifest.statistics, config.model.cutoff
-    )  # refuses what the model cannot be built from
+            raise ConfigError(f"train.{WEIGHTS[label]}", f"be 0 without {label} labels", have, "Set it to 0")
+    statistics = ModelStatistics.from_manifest(
+        manifest.statistics, config.model
+    )  # refuses what a model cannot be built from
+    if manifest.statistics.get("num_periodic", 0):  # older manifests do not say; the stream looks again
+        check_allows_box(config.model, np.ones(3, bool), f"{folder} training split")
+    _check_validation(folder, manifest, config.model, statistics)
     return manifest
+
+
+def _check_validation(folder: Path, manifest: Manifest, section: ModelSection, statistics: ModelStatistics) -> None:
+    """Check that the held-out conformers are of a kind that the training split has."""
+    where = f"{folder} validation split"
+    elements: set[int] = set()
+    has_unpaired = False
+    for graph in iter_graphs(folder, manifest, "validation"):
+        elements.update(graph.atomic_numbers.tolist())
+        has_unpaired |= graph.num_unpaired_electrons != 0
+        check_allows_box(section, graph.pbc, where)
+    check_elements(elements, statistics.elements, where)
+    if has_unpaired:
+        check_unpaired_electrons(section.sees, statistics, where)
+
+
+_STATED: Final = {"total_charge": "total_charges", "num_unpaired_electrons": "num_unpaired_electrons"}
+"""Where the statistics say what values the data have"""
 
 
 def take_batches(
@@ -120,7 +140,7 @@ class Training:
         if rank.is_main:
             folder.sign(manifest.fingerprint, __version__)
         seed_everything(config.run.seed)
-        self.statistics = ModelStatistics.from_manifest(manifest.statistics, config.model.cutoff)
+        self.statistics = ModelStatistics.from_manifest(manifest.statistics, config.model)
         potential = build_model(config.model, self.statistics).to(device)
         self.mean = WeightMean(potential, config.train.ema_decay)
         self.engine = TrainingEngine(potential, config.train, device)
@@ -178,18 +198,19 @@ class Training:
         state = load_checkpoint(Path(checkpoint))
         self.engine.load_state(state.tensors)
         self.mean.load_state(state.tensors)
-        self.best_score = state.best_score
+        # Versions before 0.3 stored minus the step, which no error would ever beat.
+        held_out = self.manifest.num_conformers("validation")
+        self.best_score = float("inf") if held_out and state.best_score < 0 else state.best_score
         return state.step
 
     def announce(self, step: int, complaints: Sequence[str]) -> None:
         """Say what is going to happen, and what the user should know before."""
         for complaint in complaints:
             self.metrics.message(complaint)
-        charges = self.manifest.statistics["total_charges"]
-        if set(charges) - {"0"}:
-            self.metrics.message(
-                f"note: the data hold total charges {', '.join(charges)} e, which this model does not see"
-            )
+        statistics, network = self.manifest.statistics, self.mean.potential.as_network
+        present = [k for k, n in _STATED.items() if set(statistics.get(n, {})) - {"0"}]
+        if ignored := describe_ignored(network.sees, present):
+            self.metrics.message(f"note: {ignored}")
         weights = sum(p.numel() for p in self.engine.potential.parameters())
         counts = " / ".join(f"{self.manifest.num_conformers(s):,} {s}" for s in ("train", "validation", "test"))
         self.metrics.message(
@@ -258,16 +279,16 @@ class Training:
         score = -float(step)  # without validation conformers the latest weights count as the best
         if self.manifest.num_conformers("validation"):
             batches = iter_batches(
-                Path(self.config.data.folder), "validation", batch_size=EVALUATION_BATCH_SIZE, cutoff=self.config.model.cutoff,
-                rank=self.rank.rank, world_size=self.rank.world_size, limit=self.config.data.max_validation,
+                Path(self.config.data.folder), "validation", batch_size=EVALUATION_BATCH_SIZE,
+                cutoffs=self.mean.potential.cutoffs, rank=self.rank, limit=self.config.data.max_validation,
             )  # fmt: skip
             with_stress = self.config.train.stress_weight > 0
             evaluation = evaluate(self.mean.potential, batches, device=self.device, compute_stress=with_stress)
             summary = evaluation.summary()
             self.metrics.log("validation", step, summary)
-            forces_mae = summary["forces_mae"]
-            if math.isnan(forces_mae):  # data without forces
-                forces_mae = summary["energy_mae_per_atom"]
+            score = summary["forces_mae"]
+            if math.isnan(score):  # data without forces
+                score = summary["energy_mae_per_atom"]
         if score < self.best_score:
             self.best_score = score
             if self.rank.is_main:

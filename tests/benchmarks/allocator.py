@@ -34,9 +34,7 @@ def measure(folder: Path, tuned: bool, settings: list[str]) -> None:
     manifest = check_dataset(folder)
     stream = TrainingStream(folder, manifest, config, rank=0, world_size=1)
     batches = [stream[step][0] for step in range(STEPS)]
-    potential = build_model(
-        config.model, ModelStatistics.from_manifest(manifest.statistics, config.model.cutoff)
-    ).train()
+    potential = build_model(config.model, ModelStatistics.from_manifest(manifest.statistics, config.model)).train()
     optimizer = build_optimizer(potential, config.train)
     cpu: list[float] = []
     for batch in batches:

@@ -47,7 +47,7 @@ def main(folder: Path, settings: list[str]) -> None:
     stream = TrainingStream(folder, manifest, config, rank=0, world_size=1)
     batches = [stream[step][0] for step in range(40)]
     torch.manual_seed(0)
-    statistics = ModelStatistics.from_manifest(manifest.statistics, config.model.cutoff)
+    statistics = ModelStatistics.from_manifest(manifest.statistics, config.model)
     network = build_model(config.model, statistics).train().network
     names, weights = zip(*network.named_parameters(), strict=True)
 

@@ -25,9 +25,7 @@ def measure(folder: Path, recompute: bool, settings: list[str]) -> None:
     config = load_config([f"data.folder={folder}", "data.batch_size=160", *settings])
     manifest = check_dataset(folder)
     batch = TrainingStream(folder, manifest, config, rank=0, world_size=1)[0][0]
-    potential = build_model(
-        config.model, ModelStatistics.from_manifest(manifest.statistics, config.model.cutoff)
-    ).train()
+    potential = build_model(config.model, ModelStatistics.from_manifest(manifest.statistics, config.model)).train()
     potential.network.checkpoint_attention = recompute  # type: ignore[assignment]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     assert batch.forces is not None

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from structures import STATISTICS, make_batch, make_molecule
 
-from so3krates_dist.config import ModelSection
+from so3krates_dist.config import EuclideanTransformerSection
 from so3krates_dist.graph import GraphBatch
 from so3krates_dist.model.potential import Potential
 from so3krates_dist.model.registry import build_model
@@ -56,7 +56,7 @@ def make_step(harmonics: nn.Module, num_pairs: int) -> Callable[[], None]:
 def make_model_step(harmonics: nn.Module, batch: GraphBatch) -> Callable[[], None]:
     """Return a step of the default model: forces, loss of forces, gradients of all weights."""
     torch.manual_seed(0)
-    potential: Potential = build_model(ModelSection(degrees=DEGREES), STATISTICS).train()
+    potential: Potential = build_model(EuclideanTransformerSection(degrees=DEGREES), STATISTICS).train()
     potential.network.harmonics = harmonics
     weights = list(potential.parameters())
 
@@ -107,7 +107,7 @@ def main() -> None:
         steps = {name: make_step(harmonics, num_pairs) for name, harmonics in ways.items()}
         report(f"harmonics alone, {num_pairs} pairs", time_in_turn(steps, runs, repeats))
     for num_molecules in (10, 139):  # of ethanol, 36 pairs each
-        batch = make_batch([make_molecule(seed=s) for s in range(num_molecules)], 5.0, torch.float32)
+        batch = make_batch([make_molecule(seed=s) for s in range(num_molecules)], (5.0,), torch.float32)
         steps = {name: make_model_step(harmonics, batch) for name, harmonics in ways.items()}
         title = f"whole model (128 features, 3 layers), {len(batch.pair_first)} pairs"
         report(title, time_in_turn(steps, runs if num_molecules < 50 else max(3, runs // 3), 1))

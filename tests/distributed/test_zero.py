@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from training_setup import make_dataset, run_processes
-from zero_checks import NUM_STEPS, run_checks
+from zero_checks import MODELS, NUM_STEPS, make_labelled_dataset, run_checks
 
 WORLD_SIZES = (2, 1)
 """Two first: what they gather is loaded by one"""
@@ -21,11 +21,11 @@ TOLERANCE = 5e-7
 def findings(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
     """Return what each process found, by the number of processes."""
     root = tmp_path_factory.mktemp("zero")
-    dataset = make_dataset(root / "data")
+    dataset, labelled = make_dataset(root / "data"), make_labelled_dataset(root / "labelled")
     results = {}
     for world_size in WORLD_SIZES:
         folder = root / f"processes{world_size}"
-        outcome = run_processes(folder, world_size, run_checks, dataset, folder)
+        outcome = run_processes(folder, world_size, run_checks, dataset, labelled, folder)
         assert outcome.codes == (0,) * world_size, str(outcome)
         results[world_size] = [read(folder / f"findings{r}.json") for r in range(world_size)]
     return results
@@ -62,6 +62,19 @@ class TestTrajectories:
     def test_clipping_was_active_where_it_was_asked_for(self, findings: Any, world_size: int) -> None:
         for name, case in findings[world_size][0]["trajectories"].items():
             assert (case["clipped"] > NUM_STEPS // 2) == ("clip 0.0" not in name), f"{name}: {case['clipped']} steps"
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_every_model_trains_as_in_plain_torch(findings: Any, world_size: int) -> None:
+    cases = findings[world_size][0]["models"]
+    assert len(cases) == 2 * (len(MODELS) + 4)
+    assert all(c["motion"] > 2e-3 for c in cases.values())
+    report({f"loss {name}": c["loss"] for name, c in cases.items()}, 5e-6)
+    report({f"norm {name}": c["norm"] for name, c in cases.items()}, 5e-5)
+    report({f"gradients {name}": c["moments"] for name, c in cases.items()}, 5e-6)
+    report({name: c["sound weights"] for name, c in cases.items()}, TOLERANCE)
+    if world_size == 2:
+        assert all(any(0 in counts for counts in c["graphs"]) for c in cases.values()), "portions without conformers"
 
 
 def test_ranks_held_different_numbers_of_atoms(findings: Any) -> None:

@@ -1,13 +1,16 @@
 """What test_zero.py runs in real processes: one start, many checks; findings go to a JSON file per process."""
 
+import dataclasses
 import itertools
 import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from analytic import write_dataset
 from safetensors.torch import load_file, save_file
-from training_setup import find_differences, make_config
+from training_setup import find_differences, make_config, make_graphs
 
 from so3krates_dist.config import RunConfig
 from so3krates_dist.data.shards import load_manifest
@@ -25,6 +28,22 @@ STAGES = (0, 1, 2)
 NUM_STEPS = 8
 MICRO_BATCHES = {6: 1, 2: 2, 1: 1}
 """Portions of a step, by the conformers in it, where not all combinations are tried"""
+MODELS = {
+    "so3krates": "num_features=12 num_layers=2 num_heads=2 degrees=[0,1] cutoff=4.0 num_radial_basis=4",
+    "so3krates, non-local": "num_features=12 num_layers=2 num_heads=2 degrees=[1,2] cutoff=4.0 num_radial_basis=4"
+    " non_local=true layer_norm=true sphc_norm=true",
+    "euclidean_transformer": "num_features=8 num_layers=2 num_heads=2 degrees=[1,2] cutoff=4.0 num_radial_basis=4 zbl=true"
+    " normalization=pre residual_mlp=gated message_scale=sqrt_features",
+    "so3lr": "num_features=8 num_layers=2 num_heads=2 degrees=[1,2] num_radial_basis=4",
+    "so3lr, bare": "num_features=8 num_layers=2 num_heads=2 degrees=[1,2] num_radial_basis=4 electrostatics=none"
+    " dispersion=false",
+    "geomatt": "num_layers=2 num_features=8 inner_width=8 grid_end=4.0 grid_spacing=0.5",
+    "geomatt_envelope": "num_layers=2 num_features=8 inner_width=8 grid_end=4.0 grid_spacing=0.5 cutoff=4.0",
+}
+"""Options of each model, so that all of its weights take part, or, in the bare one, some do not"""
+MODEL_STEPS = 4
+OWN_LOSS = ("train.energy_weight=0", "train.forces_weight=10", "train.dipole_weight=1", "train.hirshfeld_weight=1")
+"""of SO3LR"""
 Findings = dict[str, dict[str, Any]]
 
 
@@ -43,7 +62,7 @@ class PlainTraining:
         manifest = load_manifest(dataset)
         self.stream = TrainingStream(dataset, manifest, config, 0, 1)
         seed_everything(config.run.seed)
-        statistics = ModelStatistics.from_manifest(manifest.statistics, config.model.cutoff)
+        statistics = ModelStatistics.from_manifest(manifest.statistics, config.model)
         self.scale = statistics.energy_scale
         self.potential = build_model(config.model, statistics).train()
         named = dict(self.potential.named_parameters())
@@ -64,6 +83,11 @@ class PlainTraining:
         forces = (outputs["forces"] - batch.forces) / self.scale
         weights = self.section.energy_weight, self.section.forces_weight
         loss = weights[0] * energies.square().mean().float() + weights[1] * forces.square().mean()
+        if self.section.dipole_weight:
+            loss = loss + self.section.dipole_weight * self._compare_dipoles(outputs["dipole"], batch)
+        if self.section.hirshfeld_weight:
+            errors = outputs["hirshfeld_ratios"] - batch.hirshfeld_ratios
+            loss = loss + self.section.hirshfeld_weight * errors.square().mean()
         self.optimizer.zero_grad()
         loss.backward()
         limit = self.section.gradient_clipping or float("inf")
@@ -73,8 +97,25 @@ class PlainTraining:
         self.optimizer.step()
         return float(loss.detach()), float(norm)
 
+    def _compare_dipoles(self, dipoles: torch.Tensor, batch: GraphBatch) -> torch.Tensor:
+        """Return the mean squared error, with the origin of each at its centre of mass."""
+        errors = []
+        for number, label in enumerate(batch.dipole):
+            atoms = batch.graph_index == number
+            masses = torch.tensor([{10: 20.1797, 18: 39.948}[int(z)] for z in batch.atomic_numbers[atoms]])
+            centre = masses @ batch.positions[atoms] / masses.sum()
+            errors.append(dipoles[number] - batch.total_charge[number] * centre - label)
+        return torch.stack(errors).square().mean()
+
     def weights(self) -> dict[str, torch.Tensor]:
         return {f"weight.{n}": p.detach().clone() for n, p in self.potential.named_parameters()}
+
+    def moments(self) -> dict[str, torch.Tensor]:
+        """Return AdamW's mean of the gradients; zero for weights that had none."""
+        states = self.optimizer.state
+        means = {n: states[p].get("exp_avg") for n, p in self.potential.named_parameters()}
+        named = dict(self.potential.named_parameters())
+        return {f"exp_avg.{n}": torch.zeros_like(named[n]) if m is None else m.clone() for n, m in means.items()}
 
 
 class Checks:
@@ -85,6 +126,7 @@ class Checks:
         self.rank = read_rank()
         self.number = itertools.count()
         self.plain: dict[tuple[str, ...], tuple[dict[str, torch.Tensor], list[tuple[float, float]]]] = {}
+        self.moments: dict[tuple[str, ...], dict[str, torch.Tensor]] = {}
 
     def build(self, *settings: str) -> Training:
         run = self.folder / f"run{next(self.number)}"
@@ -106,6 +148,7 @@ class Checks:
             plain = PlainTraining(make_config(self.dataset, self.folder, "train.weight_decay=0.05", *settings))
             facts = [plain.step(step) for step in steps]
             self.plain[key] = plain.weights(), facts
+            self.moments[key] = plain.moments()
         return self.plain[key]
 
     def gather(self, training: Training) -> dict[str, torch.Tensor]:
@@ -147,6 +190,29 @@ class Checks:
         finding["weights"] = max(float((state[n] - w).abs().max()) for n, w in expected.items())
         finding["motion"] = max(float((state[n] - start[n]).abs().max()) for n in expected)
         return finding
+
+    def check_models(self) -> Findings:
+        """Every model, with its attention computed again or not, some portions empty: the weights are those of plain torch."""
+        findings: Findings = {}
+        for number, (name, options) in enumerate(MODELS.items()):
+            model = name.partition(",")[0]
+            settings = [f"model.name={model}", *(f"model.{option}" for option in options.split())]
+            settings += ["train.weight_decay=0", "data.batch_size=2", *(OWN_LOSS if name == "so3lr" else ())]
+            steps = tuple(range(MODEL_STEPS))
+            expected, facts = self.train_plainly(*settings, steps=steps)
+            moments = self.moments[*settings, str(steps)]
+            for stage in STAGES if model == "so3lr" else (STAGES[number % 3],):
+                for recompute in (False, True):
+                    more = (
+                        f"train.zero_stage={stage}",
+                        f"train.checkpoint_attention={recompute}",
+                        "train.micro_batches=2",
+                    )
+                    training = self.build(*settings, *more)
+                    finding = self.compare_trajectory(training, expected, facts)
+                    finding |= compare_moments(self.gather(training), moments, expected)
+                    findings[f"{name}, stage {stage}, recompute {recompute}"] = finding
+        return findings
 
     def check_states(self) -> Findings:
         """A gathered state goes into any stage and number of processes and comes out bit for bit."""
@@ -213,6 +279,25 @@ class Checks:
         return findings
 
 
+def compare_moments(
+    state: dict[str, torch.Tensor], moments: dict[str, torch.Tensor], weights: dict[str, torch.Tensor]
+) -> dict[str, Any]:
+    """Compare gradients, and weights where their gradients are more than rounding.
+
+    AdamW divides each gradient by its own size, so a weight whose gradient vanishes (the bias of the charges, which are made to
+    add up) walks by what is left of it.
+    """
+    largest = max(float(m.abs().max()) for m in moments.values())
+    finding: dict[str, Any] = {"moments": max(float((state[n] - m).abs().max()) for n, m in moments.items()) / largest}
+    deviation = 0.0
+    for name, weight in weights.items():
+        moment = moments[name.replace("weight.", "exp_avg.", 1)].abs()
+        is_sound = moment > 1e-5 * largest
+        if is_sound.any():
+            deviation = max(deviation, float((state[name] - weight)[is_sound].abs().max()))
+    return finding | {"sound weights": deviation}
+
+
 def _spoil_positions(batch: GraphBatch) -> None:
     batch.positions[0] = float("nan")
 
@@ -231,12 +316,26 @@ def _enlarge_label(batch: GraphBatch) -> None:
 DAMAGES = {"nan position": _spoil_positions, "infinite label": _spoil_label, "huge label": _enlarge_label}
 
 
-def run_checks(dataset: Path, folder: Path) -> int:
+def make_labelled_dataset(folder: Path) -> Path:
+    """Write clusters with random dipoles and Hirshfeld ratios, every other one charged, with an unpaired electron."""
+    rng = np.random.default_rng(0)
+    graphs = [
+        dataclasses.replace(
+            graph, total_charge=float(number % 2) * (-1) ** (number // 2), num_unpaired_electrons=float(number % 2),
+            dipole=rng.normal(size=3), hirshfeld_ratios=rng.uniform(0.7, 1.1, graph.num_atoms),
+        )
+        for number, graph in enumerate(make_graphs(20))
+    ]  # fmt: skip
+    return write_dataset(folder, {"train": graphs[4:], "validation": graphs[:4]})
+
+
+def run_checks(dataset: Path, labelled: Path, folder: Path) -> int:
     """Run all checks and write `findings<rank>.json`."""
     rank = read_rank()
     start_processes(rank, CPU)
     checks = Checks(dataset, folder)
     findings = {
+        "models": Checks(labelled, folder).check_models(),
         "trajectories": checks.check_trajectories(),
         "states": checks.check_states(),
         "skipped": checks.check_skipped_steps(),

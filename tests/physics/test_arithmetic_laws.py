@@ -1,26 +1,41 @@
 """Laws of arithmetic: precision, modes and memory-saving options change rounding at most, and only as much as they say."""
 
 import copy
+from collections import Counter
+from collections.abc import Mapping
 
 import numpy as np
 import pytest
 import torch
 from structures import (
     OPTIONS,
+    PERIODIC,
+    SO3KRATES,
     check_deviations,
     compare,
     compute,
     make_batch,
     make_crystal,
+    make_ion,
     make_molecule,
     make_potential,
     measure,
 )
 
+from so3krates_dist.graph import Graph
 from so3krates_dist.model.potential import ModelStatistics, Potential
 
 options = pytest.mark.parametrize("options", OPTIONS)
-GRAPHS = [make_molecule(), make_crystal(), make_molecule("CO2", None)]
+with_bf16 = pytest.mark.parametrize(
+    "options", [name for name, section in OPTIONS.items() if hasattr(section, "precision")]
+)
+
+
+def make_graphs(options: str) -> list[Graph]:
+    """Return what the model is fit for: a molecule, an ion, a symmetric molecule and a crystal."""
+    # Norms of what vanishes by symmetry have no derivative; precision decides there what is zero.
+    symmetric = make_molecule("CO2", 1 if options in SO3KRATES else None)
+    return [make_molecule(), make_ion(-1.0), *([make_crystal()] if options in PERIODIC else []), symmetric]
 
 
 def compute_relative_rmse(values: torch.Tensor | np.ndarray, expected: torch.Tensor | np.ndarray) -> float:
@@ -28,37 +43,41 @@ def compute_relative_rmse(values: torch.Tensor | np.ndarray, expected: torch.Ten
     return float(np.sqrt(np.square(values - expected).sum() / np.square(expected).sum()))
 
 
-def compute_gradients(potential: Potential) -> dict[str, torch.Tensor]:
-    """Return gradients of a loss of energies and forces by every weight."""
+def compute_gradients(potential: Potential, graphs: list[Graph]) -> dict[str, np.ndarray]:
+    """Return gradients of a loss of all outputs by every weight."""
     dtype = next(potential.parameters()).dtype
-    outputs = potential.train()(make_batch(GRAPHS, dtype=dtype))
-    loss = outputs["energy"].square().sum() + outputs["forces"].square().sum()
+    outputs = potential.train()(make_batch(graphs, potential.cutoffs, dtype))
+    loss = sum(values.square().sum() for values in outputs.values())
     names, weights = zip(*potential.named_parameters(), strict=True)
     gradients = torch.autograd.grad(loss, weights)
     potential.eval()
-    return dict(zip(names, gradients, strict=True))
+    return {name: gradient.numpy() for name, gradient in zip(names, gradients, strict=True)}
+
+
+def flatten(arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+    return np.concatenate([array.ravel() for array in arrays.values()])
 
 
 @options
 def test_float32_is_close_to_float64(options: str) -> None:
     single = make_potential(options, torch.float32)
-    double = copy.deepcopy(single).double()
-    outputs, expected = (compute(p, *GRAPHS) for p in (single, double))
+    double, graphs = copy.deepcopy(single).double(), make_graphs(options)
+    outputs, expected = (compute(p, *graphs) for p in (single, double))
     assert outputs["energy"].dtype == np.float64
     assert outputs["forces"].dtype == np.float32
     deviations = compare(outputs, expected)
-    gradients, exact = (
-        torch.cat([g.flatten() for g in compute_gradients(p).values()]).numpy() for p in (single, double)
-    )
+    gradients, exact = (flatten(compute_gradients(p, graphs)) for p in (single, double))
     deviations["weight gradients"] = compute_relative_rmse(gradients, exact)
-    check_deviations(deviations, 1e-5)
+    # In float32 So3krates takes SPHC shorter than 2e-5 for zero, and a jump of a force is what a norm has at zero.
+    check_deviations(deviations, 3e-4 if options in SO3KRATES else 1e-5)
 
 
 @options
 def test_training_mode_and_evaluation_mode_agree(options: str) -> None:
-    potential, graphs = make_potential(options), [make_crystal(), make_crystal("self_images")]
-    evaluated = compute(potential, *graphs, stress=True)
-    trained = compute(potential.train(), *graphs, stress=True)
+    potential, periodic = make_potential(options), options in PERIODIC
+    graphs = [make_crystal(), make_crystal("self_images")] if periodic else make_graphs(options)
+    evaluated = compute(potential, *graphs, stress=periodic)
+    trained = compute(potential.train(), *graphs, stress=periodic)
     check_deviations(compare(trained, evaluated), 1e-12)
 
 
@@ -78,37 +97,44 @@ def test_evaluation_works_without_gradients_and_leaves_none(frozen: bool) -> Non
     assert not batch.positions.requires_grad
 
 
-def test_training_outputs_have_a_graph() -> None:
-    outputs = make_potential().train()(make_batch([make_crystal()]), compute_stress=True)
+@options
+def test_training_outputs_have_a_graph(options: str) -> None:
+    potential = make_potential(options).train()
+    graphs = [make_crystal()] if options in PERIODIC else make_graphs(options)
+    outputs = potential(make_batch(graphs, potential.cutoffs), compute_stress=options in PERIODIC)
     assert all(tensor.requires_grad for tensor in outputs.values())
 
 
 @options
 def test_recomputing_the_attention_changes_nothing(options: str) -> None:
     """Activation checkpointing, with the second backward pass that force losses need."""
-    potential = make_potential(options)
-    kept = {**compute(potential.train(), *GRAPHS), **{k: v.numpy() for k, v in compute_gradients(potential).items()}}
-    potential.network.checkpoint_attention = True
-    calls = []
-    attention = potential.network.layers[1].attention  # type: ignore[index,union-attr]
-    attention.register_forward_pre_hook(lambda *_: calls.append(None))  # type: ignore[union-attr]
-    again = {**compute(potential.train(), *GRAPHS), **{k: v.numpy() for k, v in compute_gradients(potential).items()}}
-    assert len(calls) > 2  # else nothing was recomputed
-    check_deviations(compare(again, kept), 1e-12)
-    potential.eval()
-    check_deviations(compare(compute(potential, *GRAPHS), {k: kept[k] for k in ("energy", "forces")}), 1e-12)
+    potential, graphs, calls = make_potential(options), make_graphs(options), list[str]()
+    for name, module in potential.named_modules():
+        module.register_forward_pre_hook(lambda *_, name=name: calls.append(name))
+    counts, outputs, gradients = [], [], []
+    for checkpointed in (False, True):
+        potential.as_network.checkpoint_attention = checkpointed
+        outputs.append(compute(potential.train(), *graphs))
+        calls.clear()
+        gradients.append(compute_gradients(potential, graphs))
+        counts.append(Counter(calls))
+    recomputed = sorted(counts[1] - counts[0])
+    assert recomputed
+    assert set(counts[0]) == set(counts[1])
+    assert "network.embedding" not in recomputed
+    check_deviations(compare(outputs[1], outputs[0]) | compare(gradients[1], gradients[0]), 1e-12)
+    check_deviations(compare(compute(potential.eval(), *graphs), outputs[0]), 1e-12)
 
 
-@options
+@with_bf16
 def test_bf16_moves_forces_a_little_and_does_move_them(options: str) -> None:
     """Means over four models near their initial weights; single models of the pre-normalised kind reach 3 % in forces."""
     found: dict[str, list[float]] = {"forces": [], "weight gradients": []}
+    graphs = make_graphs(options)
     for seed in range(4):
         exact, rounded = (make_potential(options, torch.float32, seed, 0.05, precision=p) for p in ("float32", "bf16"))
-        outputs, expected = (compute(p, *GRAPHS)["forces"] for p in (rounded, exact))
-        gradients, exact_gradients = (
-            torch.cat([g.flatten() for g in compute_gradients(p).values()]) for p in (rounded, exact)
-        )
+        outputs, expected = (compute(p, *graphs)["forces"] for p in (rounded, exact))
+        gradients, exact_gradients = (flatten(compute_gradients(p, graphs)) for p in (rounded, exact))
         assert {outputs.dtype, *(p.dtype for p in rounded.parameters())} == {np.dtype(np.float32), torch.float32}
         found["forces"].append(compute_relative_rmse(outputs, expected))
         found["weight gradients"].append(compute_relative_rmse(gradients, exact_gradients))
@@ -121,10 +147,10 @@ def test_bf16_works_frozen_and_without_gradients() -> None:
     """As in evaluation and in dynamics; autocast keeps converted weights between calls, which must not go stale."""
     potential = make_potential(dtype=torch.float32, precision="bf16").requires_grad_(False)
     with torch.no_grad():
-        first, second = (compute(potential, *GRAPHS) for _ in range(2))
+        first, second = (compute(potential, *make_graphs("backbone")) for _ in range(2))
         for parameter in potential.parameters():
             parameter.mul_(1.1)
-        third = compute(potential, *GRAPHS)
+        third = compute(potential, *make_graphs("backbone"))
     check_deviations(compare(second, first), 1e-6)
     assert measure(third["energy"], first["energy"]) > 1e-3
 
@@ -182,7 +208,9 @@ def test_conversion_to_float32_and_back_rounds_constants_like_weights() -> None:
     with torch.no_grad():
         for ours, theirs in zip(straight.parameters(), detour.parameters(), strict=True):
             ours.copy_(theirs)
-    check_deviations(compare(compute(detour, *GRAPHS), compute(straight, *GRAPHS)), 1e-6)
+    check_deviations(
+        compare(compute(detour, *make_graphs("backbone")), compute(straight, *make_graphs("backbone"))), 1e-6
+    )
 
 
 def test_the_same_seed_gives_the_same_weights() -> None:

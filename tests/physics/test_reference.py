@@ -3,14 +3,16 @@
 Numbers: environment variable SO3KRATES_REFERENCE_DIR, folder euclidean_transformer (thorben-frank/mlff, main, 02107c2).
 """
 
+import dataclasses
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from so3krates_dist.config import ModelSection
+from so3krates_dist.config import EuclideanTransformerSection
 from so3krates_dist.graph import Graph, collate
 from so3krates_dist.model.euclidean_transformer import EuclideanTransformer
 from so3krates_dist.model.potential import ModelStatistics, Potential
@@ -20,17 +22,18 @@ STATISTICS = ModelStatistics(elements=(1, 6, 7, 8), energy_baselines={}, energy_
 
 # The fixture's sizes.
 SECTIONS = {
-    "base": ModelSection(
+    "base": EuclideanTransformerSection(
         num_features=24, num_layers=2, num_heads=4, degrees=(1, 2, 3), num_radial_basis=16, cutoff=3.5,
         radial_filter_width=20, spherical_filter_width=6, cutoff_function="cosine", radial_basis="physnet",
         normalization="none", residual_mlp="none", message_scale="sqrt_features",
     ),
-    "ln_res": ModelSection(
+    "ln_res": EuclideanTransformerSection(
         num_features=24, num_layers=2, num_heads=4, degrees=(1, 2, 3), num_radial_basis=16, cutoff=3.5,
         radial_filter_width=20, spherical_filter_width=6, cutoff_function="cosine", radial_basis="physnet",
         normalization="pre", residual_mlp="gated", message_scale="sqrt_features",
     ),
 }  # fmt: skip
+SECTIONS |= {f"{tag}_zbl": dataclasses.replace(section, zbl=True) for tag, section in SECTIONS.items()}
 
 
 def _import_weights(tag: str, arrays: dict[str, np.ndarray], num_layers: int) -> dict[str, torch.Tensor]:
@@ -77,6 +80,16 @@ def _import_weights(tag: str, arrays: dict[str, np.ndarray], num_layers: int) ->
     for number, name in ((0, "readout_hidden"), (1, "readout")):
         weights[f"{name}.weight"] = get(f"observables_0/MLP_0/layers_{number}/kernel").T
         weights[f"{name}.bias"] = get(f"observables_0/MLP_0/layers_{number}/bias")
+    if tag.endswith("_zbl"):
+        parts = {
+            "exponents": ("a1", "a2", "a3", "a4"),
+            "weights": ("c1", "c2", "c3", "c4"),
+            "power": "p",
+            "inverse_length": "d",
+        }
+        for name, published in parts.items():
+            values = [get(f"observables_0/ZBLRepulsion_0/{part}") for part in published]
+            weights[f"repulsion.{name}"] = torch.cat(values)
     return weights
 
 
@@ -102,12 +115,22 @@ def test_equals_the_authors_code(tag: str) -> None:
     assert max(deviations.values()) <= 1e-8, deviations
 
 
-@pytest.mark.parametrize(("num_layers", "num_parameters"), [(2, 223_105), (3, 319_213), (6, 607_537)])
-def test_parameter_counts_equal_the_authors(num_layers: int, num_parameters: int) -> None:
+@pytest.mark.parametrize(
+    ("changes", "num_parameters"),
+    [
+        ({"num_layers": 2}, 223_105),
+        ({}, 319_213),
+        ({"num_layers": 6}, 607_537),
+        ({"normalization": "pre"}, 320_797),
+        ({"normalization": "pre", "residual_mlp": "gated"}, 634_429),
+        ({"num_features": 128, "degrees": (1, 2, 3, 4)}, 294_269),
+    ],
+)
+def test_parameter_counts_equal_the_authors(changes: dict[str, Any], num_parameters: int) -> None:
     """Counts of the authors' code at its default sizes."""
-    section = ModelSection(
-        num_features=132, num_layers=num_layers, num_heads=4, degrees=(1, 2, 3), num_radial_basis=32,
-        normalization="none", residual_mlp="none", message_scale="sqrt_features",
-    )  # fmt: skip
-    network = EuclideanTransformer(section, 1.0, num_embeddings=100)
+    sizes = {
+        "num_features": 132, "num_layers": 3, "num_heads": 4, "degrees": (1, 2, 3), "num_radial_basis": 32,
+        "normalization": "none", "residual_mlp": "none", "message_scale": "sqrt_features",
+    }  # fmt: skip
+    network = EuclideanTransformer(EuclideanTransformerSection(**{**sizes, **changes}), 1.0, num_embeddings=100)
     assert sum(p.numel() for p in network.parameters()) == num_parameters

@@ -11,12 +11,24 @@ from pathlib import Path
 import pytest
 
 from so3krates_dist import config
-from so3krates_dist.config import RunConfig, dump_config, load_config, parse_config, read_config, to_plain
+from so3krates_dist.config import (
+    MODEL_SECTIONS,
+    RunConfig,
+    checks,
+    dump_config,
+    load_config,
+    loading,
+    models,
+    parse_config,
+    read_config,
+    sections,
+    to_plain,
+)
 from so3krates_dist.distributed import count_threads
 from so3krates_dist.errors import EXIT_CONFIG, ConfigError
-from so3krates_dist.model import layer, radial, registry
 
 SECTIONS = typing.get_type_hints(RunConfig)
+ALL_MODELS = "so3krates, euclidean_transformer, so3lr, geomatt, geomatt_envelope"
 OVERLAYS = [f"{p.parent.name}={p.stem}" for p in sorted(config.find_configs().glob("*/*.yaml"))]
 
 
@@ -36,7 +48,7 @@ def own_configs(tmp_path, monkeypatch):
     """A folder of configs that a test may fill."""
     for group in config.GROUPS:
         (tmp_path / "configs" / group).mkdir(parents=True)
-    monkeypatch.setattr(config, "find_configs", lambda: tmp_path / "configs")
+    monkeypatch.setattr(loading, "find_configs", lambda: tmp_path / "configs")
     return tmp_path / "configs"
 
 
@@ -67,7 +79,11 @@ WRONG = [
     ("model.degrees=[1,a]", "model.degrees (command line) must be a list of integers, e.g. [1,2,3]; got [1, 'a']."),
     ("model.degrees=[1.0,2]", "model.degrees (command line) must be a list of integers"),
     ("train=3", "train (command line) must be a section with keys of its own; got 3."),
-    ("model.name=nequip", "model.name (command line) must be one of euclidean_transformer; got 'nequip'."),
+    ("model.order_gains=[a] model.name=geomatt", "model.order_gains (command line) must be a list of numbers, e.g. [1,2,3]; got"),
+    ("model=3", "model must be one of"),
+    ("model.name=nequip", f"model.name (command line) must be one of {ALL_MODELS}; got 'nequip'. Change the value."),
+    ("model.name=", f"model.name (command line) must be one of {ALL_MODELS}; got None."),
+    ("model.name=[so3lr]", f"model.name (command line) must be one of {ALL_MODELS}; got ['so3lr']."),
     ("model.normalization=batch", "model.normalization (command line) must be one of none, pre, post; got 'batch'."),
     ("metrics.wandb=maybe", "metrics.wandb (command line) must be one of off, auto, offline, online; got 'maybe'."),
     ("train.device=tpu", "train.device (command line) must be one of auto, cpu, cuda; got 'tpu'."),
@@ -96,10 +112,67 @@ WRONG = [
     ("model.num_features=130", "model.num_features must be divisible by the num_heads (4); got 130. Take 128."),
     ("model.degrees=[1,2,3]", "model.num_features must be divisible by the number of degrees (3); got 128."),
     ("model.num_radial_basis=1", "model.num_radial_basis must be at least 2; got 1."),
+    # options that only some models have, or in another range
+    (
+        "model.name=geomatt model.num_heads=4",
+        "model.num_heads (command line) must be an option of model.name=geomatt; "
+        "got an option of so3krates, euclidean_transformer, so3lr. Leave it out.",
+    ),
+    (
+        "model.non_local=true",
+        "model.non_local (command line) must be an option of model.name=euclidean_transformer; got an option of so3krates.",
+    ),
+    ("model.name=geomatt model.cutof=4", "model.cutof (command line) must be a known key; got an unknown one."),
+    ("model.name=so3krates model.degrees=[-1,1]", "model.degrees must be ascending integers from 0 to 8; got [-1, 1]."),
+    ("model.name=so3krates model.num_features=128", "model.num_features must be divisible by the number of degrees (3); got 128."),
+    (
+        "model.name=so3krates model.sphc_cutoff=0.1",
+        "model.sphc_cutoff must be 0 without model.non_local; got 0.1. Set model.non_local=true.",
+    ),
+    ("model.name=so3krates model.non_local=true model.sphc_cutoff=-1", "model.sphc_cutoff must be zero or greater; got -1.0."),
+    ("model.name=so3krates model.initial_sphc=random", "must be one of published, smooth, zero; got 'random'."),
+    ("model.sphc_normalization=-1", "model.sphc_normalization must be zero or greater; got -1.0."),
+    ("model.name=so3lr model.long_range_cutoff=9.5", "model.long_range_cutoff must be 0 (none) or at least 10 Å; got 9.5."),
+    (
+        "model.name=so3lr model.cutoff=11 model.long_range_cutoff=10",
+        "model.long_range_cutoff must be 0 (none) or at least 11 Å; got 10.0.",
+    ),
+    ("model.name=so3lr model.long_range_cutoff=-1", "model.long_range_cutoff must be 0 (none) or at least 10 Å; got -1.0."),
+    ("model.name=so3lr model.electrostatic_damping=0", "model.electrostatic_damping must be greater than zero; got 0.0."),
+    ("model.name=so3lr model.dispersion_damping=-1", "model.dispersion_damping must be greater than zero; got -1.0."),
+    ("model.name=so3lr model.electrostatics=p3m", "must be one of none, cutoff, ewald, pme; got 'p3m'."),
+    ("model.name=geomatt model.orders=[]", "model.orders must be ascending integers from 2 to 5; got []."),
+    ("model.name=geomatt model.orders=[3,2]", "model.orders must be ascending integers from 2 to 5; got [3, 2]."),
+    ("model.name=geomatt model.orders=[1,2]", "model.orders must be ascending integers from 2 to 5; got [1, 2]."),
+    ("model.name=geomatt model.orders=[2,6]", "model.orders must be ascending integers from 2 to 5; got [2, 6]."),
+    ("model.name=geomatt model.inner_width=3", "model.inner_width must be at least 4 for these orders; got 3."),
+    ("model.name=geomatt model.num_features=0", "model.num_features must be greater than zero; got 0."),
+    ("model.name=geomatt model.grid_spacing=0", "model.grid_spacing must be greater than zero; got 0.0."),
+    ("model.name=geomatt model.grid_start=-1", "model.grid_start must be zero or greater; got -1.0."),
+    (
+        "model.name=geomatt model.grid_end=1 model.grid_start=1",
+        "model.grid_end must be more than one spacing (0.05 Å) above model.grid_start; got 1.0.",
+    ),
+    (
+        "model.name=geomatt model.order_gains=[1,2]",
+        "model.order_gains must be one number above zero for each of model.orders, or empty; got [1.0, 2.0].",
+    ),
+    ("model.name=geomatt model.order_gains=[1,0,2]", "model.order_gains must be one number above zero"),
+    ("model.name=geomatt model.order_gains=[1,nan,2]", "model.order_gains must be one number above zero"),
+    ("model.name=geomatt model.order_gains=[1,.inf,2]", "model.order_gains must be one number above zero"),
+    ("model.name=geomatt_envelope model.cutoff=0", "model.cutoff must be greater than zero; got 0.0."),
+    ("model.name=geomatt_envelope model.orders=[2,6]", "model.orders must be ascending integers from 2 to 5; got [2, 6]."),
+    ("model.name=geomatt_envelope model.algorithm=dense", "got an option of geomatt. Leave it out."),
     # values at odds with each other
     ("train.micro_batches=3", "train.micro_batches must divide data.lanes (8); got 3."),
     ("train.warmup_steps=10000", "train.warmup_steps must be less than train.num_steps (10000); got 10000."),
     ("train.final_learning_rate=1", "train.final_learning_rate must be at most train.learning_rate (0.002); got 1.0."),
+    ("train.dipole_weight=1", "must be 0 where model.name=euclidean_transformer has no output `dipole`; got 1.0. Set it to 0."),
+    (
+        "train.hirshfeld_weight=1 model.name=geomatt",
+        "train.hirshfeld_weight must be 0 where model.name=geomatt has no output `hirshfeld_ratios`; got 1.0. Set it to 0.",
+    ),
+    ("train.dipole_weight=-1 model.name=so3lr", "train.dipole_weight must be zero or greater; got -1.0."),
     (
         "train.energy_weight=0 train.forces_weight=0",
         "train.forces_weight must be greater than zero where the other weights are zero; got 0.0.",
@@ -112,20 +185,43 @@ def test_every_mistake_is_one_line_that_says_what_to_do(arguments, expected):
     assert expected in get_message(arguments.split(" "))
 
 
+def find_rules(function: ast.FunctionDef) -> typing.Iterator[ast.expr]:
+    """Yield the rule of every `check(...)` and `ConfigError(...)` in a function; a name stands for what it was given there."""
+    names = {
+        node.targets[0].id: node.value
+        for node in ast.walk(function)
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
+    }
+    parameters = {argument.arg for argument in function.args.args}
+    for node in ast.walk(function):
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("check", "ConfigError"):
+            rule = node.args[2 if node.func.id == "check" else 1]
+            if not isinstance(rule, ast.Name):
+                yield rule
+            elif rule.id not in parameters:
+                yield names[rule.id]
+
+
+def get_words(rule: ast.expr) -> list[str]:
+    """Return the constant pieces of a text."""
+    pieces = rule.values if isinstance(rule, ast.JoinedStr) else [rule]
+    assert any(isinstance(piece, ast.Constant) for piece in pieces), ast.dump(rule)
+    return [str(piece.value).strip(" (") for piece in pieces if isinstance(piece, ast.Constant)]
+
+
 def test_every_raise_and_check_of_the_schema_is_in_the_table():
-    """A new `_check(...)` needs a line above: its rule's first constant words must occur in one expected message."""
-    calls = [
-        node for node in ast.walk(ast.parse(inspect.getsource(config)))
-        if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("_check", "ConfigError")
-    ]  # fmt: skip
-    known = " ".join(expected for _, expected in WRONG) + " ".join(YAML_WRONG.values()) + WORLD_SIZE_MESSAGES
-    missing = []
-    for call in calls:
-        rule = call.args[2 if call.func.id == "_check" else 1]
-        words = rule if isinstance(rule, ast.Constant) else rule.values[0] if isinstance(rule, ast.JoinedStr) else None
-        if isinstance(words, ast.Constant) and str(words.value).strip(" (") not in known:
-            missing.append(words.value)
-    assert missing in ([], ["fit the schema"]), "the last one guards against what omegaconf's merge lets through"
+    """A new `check(...)` needs a line above: its rule's constant words must occur in one expected message."""
+    functions = [
+        node
+        for module in (checks, loading, models, sections)
+        for node in ast.walk(ast.parse(inspect.getsource(module)))
+        if isinstance(node, ast.FunctionDef)
+    ]
+    rules = [get_words(rule) for function in functions for rule in find_rules(function)]
+    assert len(rules) > 30
+    known = [*(expected for _, expected in WRONG), *YAML_WRONG.values(), *WORLD_SIZE_MESSAGES]
+    missing = [words for words in rules if not any(all(word in message for word in words) for message in known)]
+    assert missing in ([], [["fit the schema"]]), "the last one guards against what omegaconf's merge lets through"
 
 
 YAML_WRONG = {
@@ -136,6 +232,9 @@ YAML_WRONG = {
     "1: 2\n": "1 (own.yaml) must be a known key",
     "run: {folder: null}\n": "must be a text; got None.",
     "train: {num_steps: 1e3}\n": "must be an integer; got 1000.0.",
+    "model: 3\n": "model (own.yaml) must be a section with keys of its own; got 3.",
+    "model: {name: nequip}\n": f"model.name (own.yaml) must be one of {ALL_MODELS}; got 'nequip'.",
+    "model: {name: so3lr, non_local: true}\n": "model.non_local (own.yaml) must be an option of model.name=so3lr; got an option of",
 }
 
 
@@ -184,7 +283,7 @@ def test_the_suggested_width_is_one_that_works():
     assert load_config([f"model.num_features={suggestion}", "model.degrees=[1,2,3]"]).model.num_features == suggestion
 
 
-WORLD_SIZE_MESSAGES = "be a multiple of the number of processes (3) divide data.lanes / processes (2)"
+WORLD_SIZE_MESSAGES = ("be a multiple of the number of processes (3)", "divide data.lanes / processes (2)")
 
 
 def test_processes_must_divide_the_lanes():
@@ -297,8 +396,13 @@ def test_nothing_can_be_changed_afterwards():
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["run=quickstart"], ["model=euclidean_transformer", "cluster=gpu", "run.name=Ångström"]]
-)
+    "arguments",
+    [
+        [], ["run=quickstart"], ["model=euclidean_transformer", "cluster=gpu", "run.name=Ångström"],
+        *([f"model.name={name}", "model.num_layers=2"] for name in MODEL_SECTIONS),
+        ["model.name=geomatt", "model.orders=[2,5]", "model.order_gains=[1,2.5]"],
+    ],
+)  # fmt: skip
 def test_what_is_dumped_can_be_read_back(tmp_path, arguments):
     loaded = load_config(arguments)
     path = tmp_path / "config.yaml"
@@ -319,7 +423,7 @@ def test_a_stored_config_is_checked_like_any_other(tmp_path):
 
 def test_sections_check_themselves_without_a_file():
     with pytest.raises(ConfigError, match=r"model.cutoff must be a finite number"):
-        config.ModelSection(cutoff=math.inf)
+        config.EuclideanTransformerSection(cutoff=math.inf)
 
 
 def test_run_folder():
@@ -333,43 +437,3 @@ def test_threads_share_the_cores():
     assert count_threads(0, 16, 8) == 1
     assert count_threads(0, 1) == len(os.sched_getaffinity(0))
     assert count_threads(load_config(["run.threads=3"]).run.threads, 2, 8) == 3
-
-
-# -------------------------------------------------------------------------------------------------------- the schema itself
-
-
-def test_every_key_has_a_text_and_every_section_too():
-    from so3krates_dist.train.info import list_settings
-
-    keys = [f"{s}.{f.name}" for s, section in SECTIONS.items() for f in dataclasses.fields(section)]
-    settings = {setting.key: setting for setting in list_settings()}
-    assert list(settings) == keys
-    assert [key for key, setting in settings.items() if len(setting.text) < 4] == []
-    assert all(section.__doc__ and not section.__doc__.startswith(section.__name__) for section in SECTIONS.values())
-
-
-def test_every_key_has_a_default_and_a_type_that_is_checked():
-    for section in SECTIONS.values():
-        hints = typing.get_type_hints(section)
-        for field in dataclasses.fields(section):
-            hint = hints[field.name]
-            choices = typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else None
-            assert field.default is not dataclasses.MISSING, field.name
-            assert hint in (int, float, bool, str, tuple[int, ...]) or choices, field.name
-            assert choices is None or field.default in choices, field.name
-            assert choices is None or all(isinstance(c, str) for c in choices), field.name
-
-
-@pytest.mark.parametrize(
-    ("key", "table"),
-    [
-        ("model.name", registry.NETWORKS),
-        ("model.cutoff_function", radial.CUTOFF_FUNCTIONS),
-        ("model.radial_basis", radial.RADIAL_BASES),
-        ("model.residual_mlp", layer.RESIDUAL_MLPS),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_a_choice_and_the_table_beside_the_classes_are_equal(key, table):
-    section, name = key.split(".")
-    assert set(table) == set(typing.get_args(typing.get_type_hints(SECTIONS[section])[name]))

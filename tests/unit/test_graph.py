@@ -104,6 +104,74 @@ def test_molecules_and_crystals_share_a_batch():
     assert vectors.norm(dim=1).max() < CUTOFF
 
 
+def list_pairs(batch: GraphBatch, start: int, end: int) -> list[tuple[int, int, tuple[float, ...]]]:
+    """Return pairs as (first, second, shift), sorted."""
+    shifts = batch.pair_shifts if batch.pair_shifts is not None else torch.zeros(len(batch.pair_first), 3)
+    rows = zip(batch.pair_first.tolist(), batch.pair_second.tolist(), map(tuple, shifts.tolist()), strict=True)
+    return sorted(list(rows)[start:end])
+
+
+def test_short_pairs_of_all_structures_come_before_long_ones() -> None:
+    """Structures with long pairs, without any, and with pairs whose kind was not said (all short), in one batch."""
+    reach = 6.0
+    crystal, molecule = (build_neighbors(g, CUTOFF, reach) for g in (make_crystal(1), make_graph(6, 0)))
+    plain, unsaid = make_graph(4, 2), dataclasses.replace(make_crystal(3), num_short_pairs=None)
+    graphs = [molecule, crystal, plain, make_graph(1, 4), unsaid]
+    assert crystal.num_short_pairs < len(crystal.pair_first)
+    assert molecule.num_short_pairs < len(molecule.pair_first)
+    batch = collate(graphs, torch.float64)
+    offsets = np.cumsum([0, *(g.num_atoms for g in graphs)])
+    short, long = [], []
+    for graph, offset in zip(graphs, offsets, strict=False):
+        num_short = len(graph.pair_first) if graph.num_short_pairs is None else graph.num_short_pairs
+        shifts = np.zeros((len(graph.pair_first), 3)) if graph.pair_shifts is None else graph.pair_shifts
+        for pair, (first, second, shift) in enumerate(zip(graph.pair_first, graph.pair_second, shifts, strict=True)):
+            row = (int(first + offset), int(second + offset), tuple(map(float, shift)))
+            (short if pair < num_short else long).append(row)
+    assert batch.num_short_pairs == len(short)
+    assert list_pairs(batch, 0, len(short)) == sorted(short)
+    assert list_pairs(batch, len(short), len(batch.pair_first)) == sorted(long)
+    vectors = (
+        batch.positions[batch.pair_second] - batch.positions[batch.pair_first]
+        + torch.einsum("pi,pij->pj", batch.pair_shifts, batch.cell[batch.graph_index[batch.pair_first]])
+    )  # fmt: skip
+    distances = vectors.norm(dim=1)
+    assert distances[: len(short)].max() < CUTOFF
+    assert distances[len(short) :].min() >= CUTOFF
+    assert distances.max() < reach
+
+
+def test_batches_without_long_pairs_count_all_as_short() -> None:
+    graphs = [make_graph(4, 0), make_crystal(1)]
+    assert collate(graphs).num_short_pairs == sum(len(g.pair_first) for g in graphs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_batch_of_nothing(dtype: torch.dtype) -> None:
+    batch = collate([], dtype)
+    assert (batch.num_graphs, batch.num_short_pairs, batch.group) == (0, 0, ())
+    assert batch.cell is batch.pbc is batch.pair_shifts is None
+    filled = collate([make_graph(3, 0)], dtype)
+    for field in dataclasses.fields(GraphBatch):
+        empty, some = getattr(batch, field.name), getattr(filled, field.name)
+        assert isinstance(empty, torch.Tensor) == isinstance(some, torch.Tensor), field.name
+        if isinstance(some, torch.Tensor):
+            assert (len(empty), empty.shape[1:], empty.dtype) == (0, some.shape[1:], some.dtype), field.name
+    assert batch.to("cpu", torch.float32).num_short_pairs == 0
+
+
+def test_labels_of_charges_and_ratios() -> None:
+    """Dipoles and Hirshfeld ratios, per structure and per atom; nan where a structure has none."""
+    ratios = np.array([0.9, 1.1, 0.8])
+    labelled = make_graph(3, 0, dipole=np.array([0.1, 0.2, -0.3]), hirshfeld_ratios=ratios)
+    batch = collate([make_graph(2, 1), labelled], torch.float64)
+    assert torch.isnan(batch.dipole[0]).all()
+    assert batch.dipole[1].tolist() == [0.1, 0.2, -0.3]
+    assert torch.isnan(batch.hirshfeld_ratios[:2]).all()
+    assert batch.hirshfeld_ratios[2:].tolist() == ratios.tolist()
+    assert collate([make_graph(2, 1)]).dipole is collate([make_graph(2, 1)]).hirshfeld_ratios is None
+
+
 def test_missing_labels_become_nan_and_wholly_missing_ones_none():
     with_stress, without = make_crystal(1), make_graph(2, 2, energy=None, forces=None)
     batch = collate([with_stress, without])

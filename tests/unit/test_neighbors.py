@@ -1,6 +1,8 @@
 """Neighbour pairs: numpy, vesin and a loop over images agree, in molecules and in cells smaller than the cutoff."""
 
+import dataclasses
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -86,3 +88,116 @@ def test_coinciding_atoms_are_refused(periodic: bool) -> None:
         graph.cell, graph.pbc = 5 * np.eye(3), np.ones(3, bool)
     with pytest.raises(DataError, match=r"collapsed must have its atoms at least 0.001 Å apart; got 0"):
         build_neighbors(graph, 3.0)
+
+
+# ------------------------------------------------------------------------------------------------------------ short and long pairs
+
+
+def compute_distances(graph: Graph) -> np.ndarray:
+    vectors = graph.positions[graph.pair_second] - graph.positions[graph.pair_first]
+    if graph.pair_shifts is not None:
+        vectors = vectors + graph.pair_shifts @ graph.cell
+    return np.linalg.norm(vectors, axis=1)
+
+
+def take_pairs(graph: Graph, start: int, end: int | None) -> Graph:
+    shifts = None if graph.pair_shifts is None else graph.pair_shifts[start:end]
+    return dataclasses.replace(
+        graph, pair_first=graph.pair_first[start:end], pair_second=graph.pair_second[start:end], pair_shifts=shifts
+    )
+
+
+def make_small_cell() -> Graph:
+    """Two atoms in a triclinic cell whose shortest translation is 2.5 Å."""
+    graph = make_molecule(2, 2.0)
+    graph.cell, graph.pbc = np.array([[2.5, 0.0, 0.0], [0.9, 2.8, 0.0], [0.3, -0.7, 3.1]]), np.ones(3, bool)
+    return graph
+
+
+@pytest.mark.parametrize("reach", [4.5, 6.0, math.inf])
+@pytest.mark.parametrize("limit", [0, neighbors.MAX_ATOMS_ALL_PAIRS])
+def test_short_pairs_of_molecules_come_first(reach: float, limit: int, monkeypatch) -> None:
+    monkeypatch.setattr(neighbors, "MAX_ATOMS_ALL_PAIRS", limit)
+    molecule = make_molecule(25, 7.0)
+    found = build_neighbors(molecule, 3.0, reach)
+    distances = compute_distances(found)
+    assert 0 < found.num_short_pairs < len(distances)
+    assert (distances[: found.num_short_pairs] < 3.0).all()
+    assert ((distances[found.num_short_pairs :] >= 3.0) & (distances[found.num_short_pairs :] < reach)).all()
+    assert to_directed(found) == loop_over_images(molecule, reach, 0)
+    assert found.pair_shifts is None
+    assert to_directed(take_pairs(found, 0, found.num_short_pairs)) == to_directed(build_neighbors(molecule, 3.0))
+
+
+def test_an_infinite_reach_gives_all_pairs_however_far_and_many() -> None:
+    num_atoms = neighbors.MAX_ATOMS_ALL_PAIRS + 3
+    molecule = make_molecule(num_atoms, 1e4)
+    found = build_neighbors(molecule, 5.0, math.inf)
+    assert len(found.pair_first) == len(to_directed(found)) // 2 == num_atoms * (num_atoms - 1) // 2
+    assert found.num_short_pairs == 0
+
+
+def test_long_pairs_in_a_small_cell_are_those_of_a_loop_over_images() -> None:
+    """At 12 Å an atom of a small cell pairs with dozens of its own images."""
+    crystal = make_small_cell()
+    found = build_neighbors(crystal, 4.0, 12.0)
+    expected = loop_over_images(crystal, 12.0, 7)
+    assert max(abs(k) for *_, a, b, c in expected for k in (a, b, c)) < 7, "the loop must go farther"
+    assert to_directed(found) == expected
+    assert to_directed(take_pairs(found, 0, found.num_short_pairs)) == loop_over_images(crystal, 4.0, 4)
+    own = found.pair_first == found.pair_second
+    assert np.count_nonzero(own[: found.num_short_pairs]) > 0
+    assert np.count_nonzero(own[found.num_short_pairs :]) > 50
+    distances = compute_distances(found)
+    assert (distances[: found.num_short_pairs] < 4.0).all()
+    assert (distances[found.num_short_pairs :] >= 4.0).all()
+    assert distances.max() < 12.0
+
+
+def test_long_pairs_of_a_wire_go_along_the_wire_only() -> None:
+    wire = make_small_cell()
+    wire.pbc = np.array([True, False, False])
+    found = build_neighbors(wire, 3.0, 9.0)
+    assert to_directed(found) == loop_over_images(wire, 9.0, 5)
+    assert np.abs(found.pair_shifts[:, 1:]).max() == 0 < np.abs(found.pair_shifts[:, 0]).max()
+
+
+@pytest.mark.parametrize("reach", [None, 2.0, 3.0])
+def test_without_a_longer_reach_all_pairs_are_short(reach: float | None) -> None:
+    for graph in (make_molecule(20, 6.0), make_small_cell()):
+        found = build_neighbors(graph, 3.0, reach)
+        assert found.num_short_pairs == len(found.pair_first) > 0
+        assert to_directed(found) == loop_over_images(graph, 3.0, 4)
+
+
+def test_the_reach_is_left_out_like_the_cutoff() -> None:
+    graph = Graph(atomic_numbers=np.ones(2, int), positions=np.array([[0.0, 0, 0], [0, 0, 3.0]]))
+    assert len(build_neighbors(graph, 2.0, 3.0).pair_first) == 0
+    just_beyond = build_neighbors(graph, 2.0, np.nextafter(3.0, 4.0))
+    assert (len(just_beyond.pair_first), just_beyond.num_short_pairs) == (1, 0)
+    at_the_cutoff = build_neighbors(graph, 3.0, 5.0)
+    assert (len(at_the_cutoff.pair_first), at_the_cutoff.num_short_pairs) == (1, 0)
+
+
+def test_all_pairs_of_a_crystal_are_refused() -> None:
+    crystal = make_small_cell()
+    crystal.group = "salt"
+    message = (
+        r"^salt must be a molecule where a model looks at all pairs of atoms; got a periodic structure\. "
+        r"Set a long-range cutoff, or take a model with one\.$"
+    )
+    with pytest.raises(DataError, match=message):
+        build_neighbors(crystal, 4.0, math.inf)
+
+
+def test_building_again_with_another_reach_starts_anew() -> None:
+    crystal = make_small_cell()
+    again = build_neighbors(build_neighbors(crystal, 4.0, 8.0), 3.0)
+    assert again.num_short_pairs == len(again.pair_first)
+    assert to_directed(again) == loop_over_images(crystal, 3.0, 3)
+
+
+@pytest.mark.parametrize("reach", [None, 9.0, math.inf])
+def test_an_atom_alone_has_no_pairs(reach: float | None) -> None:
+    found = build_neighbors(make_molecule(1, 1.0), 5.0, reach)
+    assert (len(found.pair_first), found.num_short_pairs) == (0, 0)

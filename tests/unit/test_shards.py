@@ -5,6 +5,7 @@ import json
 import pickle
 import shutil
 import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +52,7 @@ def make_graph(seed: int, *, num_atoms: int | None = None, everything: bool = Fa
         graph.stress = generator.normal(size=(3, 3)).astype(np.float32)
         graph.dipole = generator.normal(size=3).astype(np.float32)
         graph.partial_charges = generator.normal(size=size).astype(np.float32)
+        graph.hirshfeld_ratios = generator.uniform(0.5, 1.2, size).astype(np.float32)
     return graph
 
 
@@ -268,6 +270,10 @@ def test_the_stored_data_set_of_schema_1_keeps_loading(tmp_path: Path) -> None:
     assert np.abs(np.asarray(first.forces).sum(0)).max() < 1e-3
     assert float(np.asarray(first.partial_charges).sum()) == pytest.approx(0.0, abs=1e-5)
     assert np.linalg.norm(first.dipole) == pytest.approx(0.4, abs=0.2)
+    assert first.hirshfeld_ratios is None
+    for entry in manifest.shards:  # columns that came later change no byte of a block without them
+        for block, (_, conformers) in zip(entry.blocks, iter_shard(FIXTURE / entry.file), strict=True):
+            assert zlib.crc32(encode_block(list(conformers))) == block.crc32
     shutil.copytree(FIXTURE, tmp_path / "copy")
     assert load_manifest(tmp_path / "copy").fingerprint == manifest.fingerprint
 

@@ -87,6 +87,8 @@ def test_statistics_are_plain_json_with_all_keys() -> None:
     assert set(statistics["energy_baselines"]) == {"1", "6", "7", "8"}
     assert statistics["isolated_atom_energies"] == {str(z): e for z, e in ISOLATED.items()}
     assert statistics["total_charges"] == {"-1": 1, "0": 29}
+    assert statistics["num_unpaired_electrons"] == {"0": 30}
+    assert statistics["num_periodic"] == 0
     sizes = [g.num_atoms for g in graphs]
     assert statistics["num_atoms"] == {"min": min(sizes), "mean": pytest.approx(np.mean(sizes)), "max": max(sizes)}
 
@@ -122,6 +124,18 @@ def test_mean_neighbors_count_periodic_images() -> None:
     assert counted["3.5"] == 26, "eight more at 3.46 Å"
     neighbors = build_neighbors(crystal, 4.5)
     assert counted["4.5"] == 2 * len(neighbors.pair_first)
+
+
+def test_structures_that_repeat_and_electrons_without_a_partner_are_counted() -> None:
+    graphs = make_molecules(6)
+    for graph in graphs:
+        graph.cell, graph.pbc = 20 * np.eye(3), np.zeros(3, bool)
+    graphs[1].pbc = np.array([True, False, False])
+    graphs[2].pbc = np.ones(3, bool)
+    graphs[4].num_unpaired_electrons = 2.0
+    statistics = compute_statistics(graphs, None)
+    assert statistics["num_periodic"] == 2
+    assert statistics["num_unpaired_electrons"] == {"0": 5, "2": 1}
 
 
 def test_neighbor_counts_do_not_depend_on_the_order_of_many_conformers() -> None:

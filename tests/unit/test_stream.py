@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from analytic import write_dataset
 from interruptions import flip_byte
-from training_setup import make_config, make_dataset
+from training_setup import make_config, make_dataset, make_graphs
 
 from so3krates_dist.data import stream as stream_module
 from so3krates_dist.data.shards import load_manifest
@@ -22,6 +23,7 @@ from so3krates_dist.data.stream import (
     iter_batches,
     iter_graphs,
 )
+from so3krates_dist.distributed import Rank
 from so3krates_dist.errors import DataError
 from so3krates_dist.graph import GraphBatch
 
@@ -153,7 +155,9 @@ class TestEvaluation:
         parts = [
             [
                 list_energies([b])
-                for b in iter_batches(dataset, "train", batch_size=8, cutoff=4.0, rank=r, world_size=world_size)
+                for b in iter_batches(
+                    dataset, "train", batch_size=8, cutoffs=(4.0, 4.0), rank=Rank(rank=r, world_size=world_size)
+                )
             ]
             for r in range(world_size)
         ]
@@ -163,12 +167,12 @@ class TestEvaluation:
         assert [e for b in dealt for e in b] == stored
 
     def test_a_limit(self, dataset: Path) -> None:
-        batches = list(iter_batches(dataset, "train", batch_size=8, cutoff=4.0, limit=11))
+        batches = list(iter_batches(dataset, "train", batch_size=8, cutoffs=(4.0, 4.0), limit=11))
         assert [b.num_graphs for b in batches] == [8, 3]
-        assert sum(b.num_graphs for b in iter_batches(dataset, "test", batch_size=8, cutoff=4.0, limit=99)) == 4
+        assert sum(b.num_graphs for b in iter_batches(dataset, "test", batch_size=8, cutoffs=(4.0, 4.0), limit=99)) == 4
 
     def test_labels_and_pairs_are_there(self, dataset: Path) -> None:
-        (batch,) = iter_batches(dataset, "validation", batch_size=32, cutoff=4.0)
+        (batch,) = iter_batches(dataset, "validation", batch_size=32, cutoffs=(4.0, 4.0))
         assert batch.energy is not None
         assert batch.energy.dtype == torch.float64
         assert batch.forces is not None
@@ -179,7 +183,7 @@ class TestEvaluation:
 
     def test_a_split_without_conformers(self, dataset: Path) -> None:
         with pytest.raises(DataError, match=r"split `nothing` of small must have conformers; got none\."):
-            next(iter_batches(dataset, "nothing", batch_size=8, cutoff=4.0))
+            next(iter_batches(dataset, "nothing", batch_size=8, cutoffs=(4.0, 4.0)))
 
     def test_a_data_set_without_training_conformers(self, dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         manifest = load_manifest(dataset)
@@ -197,14 +201,35 @@ def test_the_cost_grows_with_the_atoms() -> None:
     assert estimate_cost(200) == 2 * estimate_cost(100) == 200 * 33 / 2
 
 
-def test_keeping_conformers_changes_nothing(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("name", "limit"), [("MAX_KEPT_ATOMS", 0), ("MAX_KEPT_PAIRS", 0), ("MAX_KEPT_PAIRS", 300)])
+def test_keeping_conformers_changes_nothing(
+    dataset: Path, monkeypatch: pytest.MonkeyPatch, name: str, limit: int
+) -> None:
     kept = make_stream(dataset)
-    monkeypatch.setattr(stream_module, "MAX_KEPT_ATOMS", 0)
+    for step in range(kept.plan.steps_per_epoch):
+        kept[step]
+    monkeypatch.setattr(stream_module, name, limit)
     read_anew = make_stream(dataset)
     for step in range(2 * kept.plan.steps_per_epoch + 1):
         for one, other in zip(kept[step], read_anew[step], strict=True):
             for field in dataclasses.fields(one):
                 a, b = getattr(one, field.name), getattr(other, field.name)
                 assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, field.name
-    assert kept._kept
-    assert not read_anew._kept
+    assert count_kept_pairs(kept) == kept._num_kept_pairs > 300
+    assert count_kept_pairs(read_anew) == read_anew._num_kept_pairs <= limit
+    assert bool(read_anew._kept) == (name == "MAX_KEPT_PAIRS")
+    assert (count_kept_pairs(read_anew) > 200) == (limit == 300), "as many as fit"
+
+
+def count_kept_pairs(stream: TrainingStream) -> int:
+    return sum(len(g.pair_first) for g in stream._kept.values() if g.pair_first is not None)
+
+
+def test_a_box_is_refused_when_it_is_read(tmp_path: Path) -> None:
+    """A manifest of an earlier version does not say that there are some."""
+    graphs = [dataclasses.replace(g, cell=20 * np.eye(3), pbc=np.ones(3, bool), group="box") for g in make_graphs(4)]
+    folder = write_dataset(tmp_path / "data", {"train": graphs})
+    stream = make_stream(folder, 0, 1, "model.name=geomatt")
+    with pytest.raises(DataError, match="box must be a molecule for this model; got a periodic structure"):
+        stream[0]
+    assert make_stream(folder)[0][0].pbc is not None

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from ase.calculators.singlepoint import SinglePointCalculator
 
-from data_tools import convert
+from data_tools import convert, gate
 from data_tools.readers import read_structures
 from data_tools.validate import validate
 from so3krates_dist.data.shards import SPLITS, iter_graphs, load_manifest
@@ -99,6 +99,41 @@ def test_padded_and_periodic_npz(tmp_path: Path, make_water) -> None:
     assert second.forces.shape == (2, 3)
     assert second.cell.tolist() == (9 * np.eye(3)).tolist()
     assert first.pbc.tolist() == [True, True, False]
+
+
+def test_dipoles_and_hirshfeld_ratios_of_an_npz(tmp_path: Path, make_water, run_tool) -> None:
+    graphs, rng = make_water(30), np.random.default_rng(0)
+    ratios, dipoles = rng.uniform(0.6, 1.0, (30, 3)), rng.normal(size=(30, 3))
+    path = write_npz(tmp_path / "water.npz", graphs, hirshfeld_ratios=ratios, dipole=dipoles)
+    assert run_tool(convert, path, "--out", tmp_path / "set") == 0
+    assert load_manifest(tmp_path / "set").labels == ("energy", "forces", "dipole", "hirshfeld_ratios")
+    by_energy = {round(g.energy, 6): index for index, g in enumerate(graphs)}
+    for found in load_all(tmp_path / "set"):
+        index = by_energy[round(found.energy, 6)]
+        np.testing.assert_allclose(found.hirshfeld_ratios, ratios[index], rtol=1e-6)
+        np.testing.assert_allclose(found.dipole, dipoles[index], rtol=1e-6)
+    padded = write_npz(tmp_path / "a.npz", graphs[:2], z=np.array([[8, 1, 1], [8, 1, 0]]), hirshfeld_ratios=ratios[:2])
+    second = read_structures(padded, {}).graphs[1]
+    assert second.hirshfeld_ratios.tolist() == ratios[1, :2].tolist()
+
+
+def test_hirshfeld_ratios_of_an_extxyz(tmp_path: Path, make_water) -> None:
+    frames = []
+    for number, graph in enumerate(make_water(2)):
+        atoms = ase.Atoms(graph.atomic_numbers, graph.positions, info={"dipole": [0.0, 0.1, number]})
+        atoms.arrays["hirshfeld_ratios"] = np.array([0.9, 0.7, 0.1 * number])
+        atoms.calc = SinglePointCalculator(atoms, energy=graph.energy, forces=graph.forces)
+        frames.append(atoms)
+    ase.io.write(tmp_path / "water.xyz", frames, format="extxyz")
+    found = read_structures(tmp_path / "water.xyz", {}).graphs
+    assert [g.hirshfeld_ratios.tolist() for g in found] == [[0.9, 0.7, 0.0], [0.9, 0.7, 0.1]]
+    assert found[1].dipole.tolist() == [0.0, 0.1, 1.0]
+    for frame in frames:
+        frame.arrays["hirshfeld_ratios"][1] = np.nan
+    ase.io.write(tmp_path / "bad.xyz", frames, format="extxyz")
+    problem = gate.find_problem(read_structures(tmp_path / "bad.xyz", {}).graphs[0], 50.0)
+    assert problem is not None
+    assert problem.reason == "hirshfeld_ratios not finite"
 
 
 @pytest.mark.parametrize("prefix", [None, "REF_", "my_"])

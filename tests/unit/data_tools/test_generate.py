@@ -55,6 +55,24 @@ def test_a_label_does_not_depend_on_the_one_before() -> None:
     assert np.array_equal(first.forces, again.forces)
 
 
+def test_warm_electrons_round_off_the_cusp_of_a_twisted_double_bond() -> None:
+    ethylene = np.array([6, 6, 1, 1, 1, 1])
+
+    def twist(degrees: float) -> np.ndarray:
+        x, y = 0.93 * np.cos(np.radians(degrees)), 0.93 * np.sin(np.radians(degrees))
+        return np.array([[0, 0, 0], [0, 0, 1.33], [0.93, 0, -0.55], [-0.93, 0, -0.55], [x, y, 1.88], [-x, -y, 1.88]])
+
+    def bend(temperature: float) -> float:
+        labeller = Labeller(ethylene, 0.0, 0.0, temperature)
+        below, top, above = (labeller.label(twist(degrees)).energy for degrees in (85.0, 90.0, 95.0))
+        return top - (below + above) / 2
+
+    assert 0 < 2 * bend(3000.0) < bend(xtb.ELECTRONIC_TEMPERATURE), "a maximum that is rounder"
+    default = Labeller(ethylene, 0.0, 0.0).label(twist(80.0)).energy
+    calculator = Labeller(ethylene, 0.0, 0.0, xtb.ELECTRONIC_TEMPERATURE + 1e-9)  # told to tblite, unlike the default
+    assert calculator.label(twist(80.0)).energy == pytest.approx(default, abs=1e-9)
+
+
 def test_dipoles_and_charges() -> None:
     water = Labeller(WATER.atomic_numbers, 0.0, 0.0).label(WATER.positions)
     assert water.dipole[2] == pytest.approx(-0.45, abs=0.1), "e Å: 2.2 Debye, from O to the hydrogens"

@@ -1,5 +1,6 @@
 """The ASE calculator gives what the model gives, refuses what it cannot, and keeps nothing stale."""
 
+import dataclasses
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -86,7 +87,7 @@ def test_stress_without_a_volume_is_refused(morse: Potential, make: Callable[[],
 def test_energy_is_that_of_the_model(morse: Potential) -> None:
     atoms = make_molecule()
     atoms.calc = So3kratesCalculator(morse, dtype="float64")
-    graph = build_neighbors(make_graph(atoms), morse.cutoff)
+    graph = build_neighbors(make_graph(atoms), *morse.cutoffs)
     output = morse(collate([graph], torch.float64))
     assert atoms.get_potential_energy() == pytest.approx(float(output["energy"]), abs=1e-9)
     assert atoms.get_potential_energy(force_consistent=True) == atoms.get_potential_energy()
@@ -143,6 +144,8 @@ def count_calls(potential: Potential) -> list[int]:
 
 def test_results_are_used_again_only_where_nothing_changed(morse: Potential) -> None:
     atoms = make_crystal()
+    morse.network.sees = frozenset({"cell", "total_charge", "num_unpaired_electrons"})  # else it would warn
+    morse.statistics = dataclasses.replace(morse.statistics, has_unpaired_electrons=True)
     atoms.calc = So3kratesCalculator(morse)
     calls = count_calls(atoms.calc.potential)
     atoms.get_potential_energy()
@@ -183,6 +186,7 @@ def test_charge_and_spin_reach_the_model(morse: Potential) -> None:
         ({"spin": 2}, (0, 2)),
         ({"charge": 1, "spin": 2}, (1, 1)),  # doublet
         ({"charge": 1, "spin": 1}, (1, 1)),
+        ({"charge": 1, "spin": 0}, (1, 0)),  # no multiplicity is zero
         ({"charge": np.int64(1), "spin": np.float64(4)}, (1, 3)),
     ],
 )

@@ -1,4 +1,4 @@
-"""The attention block against a loop over directed edges, head by head, as the specification writes it."""
+"""The attention block against a loop over directed edges, head by head."""
 
 import math
 
@@ -8,6 +8,7 @@ import torch
 from torch.nn.functional import silu
 
 from so3krates_dist.model.attention import EuclideanAttention, HeadProjections, PairGeometry, PairNetwork
+from so3krates_dist.model.record import AttentionRecord
 from so3krates_dist.model.spherical import DegreeMaps
 
 NUM_ATOMS, NUM_FEATURES, NUM_HEADS, DEGREES, NUM_BASIS = 5, 12, 4, (1, 2), 6
@@ -25,7 +26,7 @@ def make_pairs(num_pairs: int = 7, seed: int = 0) -> PairGeometry:
     harmonics = draw(num_pairs, 8)
     return PairGeometry(
         first=first, second=second, receivers=torch.cat([first, second]), senders=torch.cat([second, first]),
-        envelope=draw(num_pairs, 1).sigmoid(), radial=draw(num_pairs, NUM_BASIS),
+        distances=draw(num_pairs).exp(), envelope=draw(num_pairs, 1).sigmoid(), radial=draw(num_pairs, NUM_BASIS),
         harmonics=torch.cat([harmonics, maps.invert(harmonics)]),
     )  # fmt: skip
 
@@ -63,7 +64,7 @@ def attend_by_loop(
     pairs: PairGeometry,
     scale: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Specification, section 3 with A.4 and A.5: every directed edge, every head, by itself."""
+    """arXiv 2309.15126: every directed edge, every head, by itself."""
     feature_messages, ev_messages = torch.zeros_like(features), torch.zeros_like(variables)
     degree_of = attention.maps.degree_of
     for edge, (i, j) in enumerate(zip(pairs.receivers.tolist(), pairs.senders.tolist(), strict=True)):
@@ -103,6 +104,28 @@ def test_attention_against_a_loop(scale: float | None) -> None:
     for ours, theirs in zip(messages, expected, strict=True):
         assert theirs.abs().max() > 0.1
         np.testing.assert_allclose(ours, theirs, rtol=1e-11, atol=1e-12)
+
+
+def test_a_record_holds_the_coefficients_and_changes_nothing() -> None:
+    """Messages rebuilt from the recorded coefficients are those that the block returns."""
+    attention, pairs, record = make_attention(), make_pairs(), AttentionRecord()
+    features, variables = make_features()
+    record.layer = 3
+    with torch.no_grad():
+        plain, recorded = attention(features, variables, pairs), attention(features, variables, pairs, record)
+        (*_, values) = attention.feature_projections(features, torch.float64)
+    assert all(torch.equal(a, b) for a, b in zip(plain, recorded, strict=True))
+    feature, geometric = record.maps
+    assert [(m.layer, m.kind) for m in record.maps] == [(3, "feature"), (3, "geometric")]
+    assert feature.heads == ("head 0", "head 1", "head 2", "head 3")
+    assert geometric.heads == ("l = 1", "l = 2")
+    inv_messages, ev_messages = torch.zeros_like(features), torch.zeros_like(variables)
+    for edge, (i, j) in enumerate(zip(feature.receivers.tolist(), feature.senders.tolist(), strict=True)):
+        inv_messages[i] += feature.values[edge].repeat_interleave(NUM_FEATURES // NUM_HEADS) * values[j]
+    for edge, i in enumerate(geometric.receivers.tolist()):
+        ev_messages[i] += attention.maps.repeat(geometric.values[edge : edge + 1])[0] * pairs.harmonics[edge]
+    np.testing.assert_allclose(inv_messages, plain[0], rtol=1e-11, atol=1e-13)
+    np.testing.assert_allclose(ev_messages, plain[1], rtol=1e-11, atol=1e-13)
 
 
 def test_no_euclidean_variables_are_zero_ones() -> None:

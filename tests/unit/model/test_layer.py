@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.functional import silu
 
-from so3krates_dist.config import ModelSection
+from so3krates_dist.config import EuclideanTransformerSection
 from so3krates_dist.model.attention import HeadProjections, PairNetwork
 from so3krates_dist.model.layer import (
     RESIDUAL_MLPS,
@@ -72,7 +72,7 @@ def test_layer_norm() -> None:
 
 
 def test_the_schema_offers_what_there_is() -> None:
-    assert typing.get_args(typing.get_type_hints(ModelSection)["residual_mlp"]) == tuple(RESIDUAL_MLPS)
+    assert typing.get_args(typing.get_type_hints(EuclideanTransformerSection)["residual_mlp"]) == tuple(RESIDUAL_MLPS)
 
 
 @pytest.mark.parametrize(

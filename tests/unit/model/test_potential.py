@@ -8,6 +8,7 @@ import pytest
 import torch
 from structures import STATISTICS, check_deviations, make_batch, make_crystal, make_molecule, make_potential, measure
 
+from so3krates_dist.config import EuclideanTransformerSection, GeomAttEnvelopeSection, GeomAttSection
 from so3krates_dist.errors import ConfigError, DataError
 from so3krates_dist.model.potential import ModelStatistics, Potential, check_elements, compute_vectors
 
@@ -20,8 +21,12 @@ MANIFEST = {
 }
 
 
+def take(cutoff: float, **changes: object) -> ModelStatistics:
+    return ModelStatistics.from_manifest({**MANIFEST, **changes}, EuclideanTransformerSection(cutoff=cutoff))
+
+
 def test_statistics_from_a_manifest() -> None:
-    statistics = ModelStatistics.from_manifest(MANIFEST, 3.5)
+    statistics = take(3.5)
     assert statistics == ModelStatistics(
         elements=(1, 6), energy_baselines={1: -13.6, 6: -1027.5}, energy_scale=1.7, mean_neighbors=7.0
     )
@@ -30,30 +35,55 @@ def test_statistics_from_a_manifest() -> None:
 @pytest.mark.parametrize(("cutoff", "expected"), [(3.0, 4.0), (4.0, 10.0), (7.0, 35.0)])
 def test_mean_neighbors_are_interpolated_in_the_order_of_numbers(cutoff: float, expected: float) -> None:
     """ "10.0" comes before "3.0" as text."""
-    assert ModelStatistics.from_manifest(MANIFEST, cutoff).mean_neighbors == pytest.approx(expected)
+    assert take(cutoff).mean_neighbors == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("cutoff", [2.0, 12.0])
 def test_a_cutoff_for_which_neighbours_were_not_counted_is_refused(cutoff: float) -> None:
     message = rf"model\.cutoff must be from 3 to 10 Å, where the data's neighbours are counted; got {cutoff}\."
     with pytest.raises(ConfigError, match=message):
-        ModelStatistics.from_manifest(MANIFEST, cutoff)
+        take(cutoff)
+
+
+def test_models_without_a_mean_number_of_neighbours_may_have_any_cutoff() -> None:
+    """Beyond the counted distances the last count is taken over; nothing reads it."""
+    for section in (GeomAttSection(grid_end=20.0), GeomAttEnvelopeSection(cutoff=1.5)):
+        assert ModelStatistics.from_manifest(MANIFEST, section).energy_scale == 1.7
+    sqrt_features = EuclideanTransformerSection(cutoff=12.0, message_scale="sqrt_features")
+    assert ModelStatistics.from_manifest(MANIFEST, sqrt_features).mean_neighbors == 60.0
+
+
+@pytest.mark.parametrize(
+    ("counts", "expected"), [({}, False), ({"0": 7}, False), ({"0": 7, "2": 1}, True), ({"1": 3}, True)]
+)
+def test_unpaired_electrons_in_the_data_are_remembered(counts: dict[str, int], expected: bool) -> None:
+    assert take(3.5, num_unpaired_electrons=counts).has_unpaired_electrons is expected
+    assert not take(3.5).has_unpaired_electrons  # data sets that do not count them have none
 
 
 def test_data_without_forces_or_neighbours_give_usable_numbers() -> None:
-    statistics = ModelStatistics.from_manifest({**MANIFEST, "force_rms": None, "mean_neighbors": {"4.0": 0.0}}, 4.0)
+    statistics = take(4.0, force_rms=None, mean_neighbors={"4.0": 0.0})
     assert (statistics.energy_scale, statistics.mean_neighbors) == (0.2, 1.0)
 
 
 def test_statistics_survive_json() -> None:
-    statistics = ModelStatistics.from_manifest(MANIFEST, 3.3)
-    assert ModelStatistics.from_json(json.loads(json.dumps(statistics.to_json()))) == statistics
+    for counts in ({}, {"0": 1, "1": 2}):
+        statistics = take(3.3, num_unpaired_electrons=counts)
+        assert ModelStatistics.from_json(json.loads(json.dumps(statistics.to_json()))) == statistics
+
+
+def test_statistics_of_older_models_say_nothing_of_unpaired_electrons() -> None:
+    content = take(3.3).to_json()
+    del content["has_unpaired_electrons"]
+    assert ModelStatistics.from_json(content) == take(3.3)
+    with pytest.raises(ValueError, match=r"statistics\.has_unpaired_electrons is 'no'"):
+        ModelStatistics.from_json({**content, "has_unpaired_electrons": "no"})
 
 
 def test_elements_of_a_potential_and_its_cutoff() -> None:
     potential = make_potential()
     assert potential.elements == (1, 6, 7, 8)
-    assert potential.cutoff == 4.0
+    assert potential.cutoffs == (4.0, 4.0)
 
 
 def test_known_elements_pass() -> None:

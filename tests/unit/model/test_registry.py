@@ -19,7 +19,7 @@ from so3krates_dist.model import registry
 from so3krates_dist.model.potential import ModelStatistics, Potential
 from so3krates_dist.model.registry import build_model, load_model, read_model_config, save_model
 
-SECTION = OPTIONS["so3lr"]
+SECTION = OPTIONS["backbone"]
 
 
 def save(folder: Path, seed: int = 0, **changes: Any) -> Potential:

@@ -7,7 +7,14 @@ import pytest
 import torch
 from e3nn import o3
 
-from so3krates_dist.model.spherical import DegreeMaps, SphericalHarmonics, compute_ev_dim
+from so3krates_dist.model.spherical import (
+    DegreeMaps,
+    SphericalHarmonics,
+    compute_ev_dim,
+    compute_lengths,
+    compute_self_couplings,
+    find_vanishing,
+)
 
 ALL_DEGREES = tuple(range(1, 9))
 
@@ -27,7 +34,7 @@ def test_equal_e3nn_with_permuted_axes() -> None:
 
 
 def test_first_two_degrees_against_their_formulas() -> None:
-    """Shared specification, section 1: m from -l to l, z polar, no Condon-Shortley sign; l = 1 is (y, z, x)."""
+    """m from -l to l, z polar, no Condon-Shortley sign; l = 1 is (y, z, x)."""
     directions = make_directions()
     x, y, z = directions.T
     first = [math.sqrt(3 / (4 * math.pi)) * v for v in (y, z, x)]
@@ -137,3 +144,90 @@ def test_invariants_have_derivatives_where_the_variable_vanishes() -> None:
 def test_repeat_gives_every_order_the_number_of_its_degree() -> None:
     repeated = DegreeMaps((1, 2)).repeat(torch.tensor([[10.0, 20.0]]))
     assert repeated.tolist() == [[10.0] * 3 + [20.0] * 5]
+
+
+def test_degree_zero_is_a_constant() -> None:
+    directions = make_directions()
+    with_zero = SphericalHarmonics((0, 2))(directions)
+    np.testing.assert_allclose(with_zero[:, 0], 1 / math.sqrt(4 * math.pi), rtol=1e-15)
+    assert torch.equal(with_zero[:, 1:], SphericalHarmonics((2,))(directions))
+    assert SphericalHarmonics((0,))(directions).shape == (len(directions), 1)
+    assert DegreeMaps((0, 1)).invert(torch.ones(1, 4)).tolist() == [[1.0, -1.0, -1.0, -1.0]]
+
+
+def test_sums_of_squares() -> None:
+    values = torch.tensor([[1.0, 2.0, 3.0, 1.0, 0.0, 1.0, 0.0, 2.0]])
+    assert DegreeMaps((1, 2)).sum_squares(values).tolist() == [[14.0, 6.0]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_lengths_and_their_derivatives_where_the_vector_vanishes(dtype: torch.dtype) -> None:
+    """Exactly or up to rounding; what is far above rounding keeps its derivatives."""
+    eps = torch.finfo(dtype).eps
+    vectors = torch.tensor([[0.0, 0.0], [3 * eps, -eps], [3.0, 4.0], [3e-3, 4e-3]], dtype=dtype, requires_grad=True)
+    lengths = compute_lengths(vectors.square().sum(1))
+    np.testing.assert_allclose(lengths.detach(), [0, 0, 5, 5e-3], rtol=1e-6)
+    (first,) = torch.autograd.grad(lengths.sum(), vectors, create_graph=True)
+    np.testing.assert_allclose(first.detach(), [[0, 0], [0, 0], [0.6, 0.8], [0.6, 0.8]], rtol=1e-6)
+    (second,) = torch.autograd.grad(first[:, 0].sum(), vectors)
+    np.testing.assert_allclose(second, [[0, 0], [0, 0], [0.128, -0.096], [128, -96]], rtol=2e-4)
+
+
+def test_the_limit_grows_with_what_a_difference_is_made_of() -> None:
+    """1e-9 is rounding of numbers of size 1e4 with some layers behind them, not of size 1."""
+    squares = torch.full((2,), 1e-18, dtype=torch.float64)
+    assert find_vanishing(squares, torch.tensor([1.0, 1e8], dtype=torch.float64)).tolist() == [False, True]
+
+
+@pytest.mark.parametrize("parity", [False, True])
+def test_self_couplings_are_normalised_and_only_between_different_degrees(parity: bool) -> None:
+    degrees = (0, 1, 2, 3)
+    left, right, coefficients, positions = compute_self_couplings(degrees, parity)
+    degree_of = DegreeMaps(degrees).degree_of
+    assert bool((degree_of[left] < degree_of[right]).all())
+    norms = torch.zeros(64, dtype=torch.float64).index_add(0, positions.flatten(), coefficients.square().flatten())
+    for k, third in enumerate(degrees):
+        for i, first in enumerate(degrees):
+            for j, second in enumerate(degrees):
+                allowed = i < j and second - first <= third <= first + second
+                allowed = allowed and not (parity and (first + second + third) % 2)
+                assert float(norms[(k * 4 + i) * 4 + j]) == pytest.approx(1.0 if allowed else 0.0, abs=1e-14)
+
+
+def couple(values: torch.Tensor, degrees: tuple[int, ...], parity: bool) -> torch.Tensor:
+    left, right, coefficients, _ = compute_self_couplings(degrees, parity)
+    return (values[:, left] * values[:, right]) @ coefficients
+
+
+@pytest.mark.parametrize("parity", [False, True])
+def test_self_couplings_turn_with_the_frame(parity: bool) -> None:
+    from scipy.spatial.transform import Rotation
+
+    degrees, maps = (1, 2, 3), DegreeMaps((1, 2, 3))
+    harmonics, directions = SphericalHarmonics(degrees), make_directions()
+    rotation = torch.from_numpy(Rotation.from_rotvec([0.4, -1.3, 0.8]).as_matrix())
+    matrix = torch.linalg.lstsq(harmonics(directions), harmonics(directions @ rotation.T)).solution
+    values = torch.randn(4, 15, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    np.testing.assert_allclose(
+        couple(values @ matrix, degrees, parity), couple(values, degrees, parity) @ matrix, atol=1e-12
+    )
+    inverted = couple(maps.invert(values), degrees, parity) - maps.invert(couple(values, degrees, parity))
+    assert (float(inverted.abs().max()) < 1e-14) == parity
+
+
+def test_self_couplings_against_vectors() -> None:
+    """Of v (degree 1) and the traceless u u^T (degree 2): the vector (u u^T - 1/3) v, and the symmetric product of u and v x u."""
+    u, v = make_directions(1)[-1:], make_directions(1, seed=1)[-1:]
+    one, two = SphericalHarmonics((1,)), SphericalHarmonics((2,))
+    coupled = couple(torch.cat([one(v), two(u)], dim=1), (1, 2), parity=False)
+    vector = u * (u * v).sum() - v / 3
+    expected = one(vector)  # linear in the vector, whatever its length
+    factor = float((coupled[:, :3] * expected).sum() / expected.square().sum())
+    np.testing.assert_allclose(coupled[:, :3], factor * expected, atol=1e-14)
+    cross = torch.linalg.cross(v, u)
+    product = two(torch.nn.functional.normalize(u + cross / cross.norm(), dim=1)) - two(
+        torch.nn.functional.normalize(u - cross / cross.norm(), dim=1)
+    )
+    pseudo = float((coupled[:, 3:] * product).sum() / product.square().sum())
+    np.testing.assert_allclose(coupled[:, 3:], pseudo * product, atol=1e-14)
+    assert min(abs(factor), abs(pseudo)) > 1e-2

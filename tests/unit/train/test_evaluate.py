@@ -14,12 +14,24 @@ import pytest
 import torch
 import torch.distributed as dist
 from analytic import label, make_cluster, make_morse, make_run, write_dataset
+from ase.data import atomic_masses
 from PIL import Image
 
+from so3krates_dist.config import (
+    DataSection,
+    GeomAttSection,
+    ModelSection,
+    RunConfig,
+    RunSection,
+    So3lrSection,
+    dump_config,
+)
 from so3krates_dist.data.neighbors import build_neighbors
 from so3krates_dist.errors import CheckpointError, DataError
 from so3krates_dist.graph import ELEMENT_SYMBOLS, Graph, GraphBatch, collate
 from so3krates_dist.metrics import METRICS_NAME, Record
+from so3krates_dist.model.potential import ModelStatistics, Potential
+from so3krates_dist.model.registry import build_model, save_model
 from so3krates_dist.train import evaluate as module
 from so3krates_dist.train.evaluate import OTHER, ErrorSums, Evaluation, evaluate, evaluate_run, print_evaluation
 
@@ -273,6 +285,16 @@ def test_other_data_go_to_a_folder_of_their_own(run_folder: Path, tmp_path: Path
     assert not (run_folder / "evaluation/test.json").exists()
 
 
+def test_a_model_without_a_run_needs_data(run_folder: Path, tmp_path: Path) -> None:
+    (run_folder / "config.yaml").unlink()
+    with pytest.raises(
+        CheckpointError, match=r"must be a run folder with config\.yaml; got none\. .* or data with --data"
+    ):
+        evaluate_run(run_folder)
+    assert evaluate_run(run_folder, dataset=tmp_path / "data").overall.num_conformers == 4
+    assert (run_folder / "evaluation/data/test.json").is_file()
+
+
 def test_data_without_energies_have_no_energy_picture(run_folder: Path, tmp_path: Path, graphs: list[Graph]) -> None:
     other = make_dataset(tmp_path / "other", [dataclasses.replace(g, energy=None) for g in graphs])
     evaluate_run(run_folder, dataset=other)
@@ -319,3 +341,119 @@ def test_missing_energies_are_told(graphs: list[Graph], capsys: pytest.CaptureFi
     output = capsys.readouterr().out
     assert "9 of 9 conformers have no energy label" in output
     assert "nan" not in output
+
+
+# --------------------------------------------------------------------------------------------------- models of other kinds
+
+SO3LR = So3lrSection(num_features=16, num_layers=1, num_heads=2, degrees=(1, 2), num_radial_basis=4)
+STATISTICS = ModelStatistics(elements=(10, 18), energy_baselines={}, energy_scale=1.0, mean_neighbors=6.0)
+
+
+def make_so3lr() -> Potential:
+    torch.manual_seed(0)
+    return build_model(SO3LR, STATISTICS).double().eval()
+
+
+def make_ions() -> list[Graph]:
+    """Return structures with dipoles about their centres of mass and Hirshfeld ratios."""
+    rng = np.random.default_rng(1)
+    return [
+        dataclasses.replace(
+            graph,
+            total_charge=float(number % 2),
+            dipole=rng.normal(size=3),
+            hirshfeld_ratios=rng.uniform(0.6, 1.0, graph.num_atoms),
+        )
+        for number, graph in enumerate(make_graphs(4))
+    ]
+
+
+def test_dipoles_and_hirshfeld_ratios() -> None:
+    ions = make_ions()
+    ions[3].hirshfeld_ratios = None
+    potential = make_so3lr()
+    dipole_errors, ratio_errors = [], []
+    for ion in ions:
+        output = {
+            k: v.numpy()
+            for k, v in potential(collate([build_neighbors(ion, *potential.cutoffs)], torch.float64)).items()
+        }
+        masses = atomic_masses[ion.atomic_numbers]
+        centre = masses @ ion.positions / masses.sum()
+        dipole_errors.append(output["partial_charges"] @ (ion.positions - centre) - ion.dipole)
+        if ion.hirshfeld_ratios is not None:
+            ratio_errors.append(output["hirshfeld_ratios"] - ion.hirshfeld_ratios)
+    batches = [
+        collate([build_neighbors(g, *potential.cutoffs) for g in part], torch.float64) for part in (ions[:1], ions[1:])
+    ]
+    evaluation = evaluate(potential, batches, device="cpu")
+    errors, ratios = np.concatenate(dipole_errors), np.concatenate(ratio_errors)
+    assert evaluation.overall.dipole.count == 12
+    assert evaluation.overall.hirshfeld_ratios.count == len(ratios)
+    summary = evaluation.summary()
+    assert summary["dipole_mae"] == pytest.approx(np.abs(errors).mean(), rel=1e-9)
+    assert summary["dipole_rmse"] == pytest.approx(np.sqrt((errors**2).mean()), rel=1e-9)
+    assert summary["hirshfeld_ratios_mae"] == pytest.approx(np.abs(ratios).mean(), rel=1e-9)
+    assert "dipole_mae" not in evaluate(make_morse().double(), batches, device="cpu").summary(), "it has no such output"
+
+
+def save_run(folder: Path, dataset: Path, section: ModelSection, statistics: ModelStatistics) -> Path:
+    config = RunConfig(run=RunSection(folder=str(folder)), data=DataSection(folder=str(dataset)), model=section)
+    torch.manual_seed(0)
+    save_model(folder, section, statistics, build_model(section, statistics).state_dict(), {"step": 0})
+    (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    return folder
+
+
+def test_verb_shows_further_labels_and_what_the_model_ignores(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_dataset(tmp_path / "data", {"train": make_ions(), "test": make_ions()})
+    run = save_run(tmp_path / "run", data, SO3LR, STATISTICS)
+    assert module.run(parse(run, "--device", "cpu")) == 0
+    output = capsys.readouterr().out
+    assert "dipole (me Å)" in output
+    assert "Hirshfeld ratio" in output
+    assert "does not see" not in output
+    content = json.loads((run / "evaluation/test.json").read_text())
+    assert content["overall"]["dipole"]["count"] == 12
+    assert content["units"]["dipole"] == "e Angstrom"
+    other = save_run(tmp_path / "other", data, GeomAttSection(num_layers=1, num_features=8, inner_width=8), STATISTICS)
+    assert module.run(parse(other, "--device", "cpu")) == 0
+    output = capsys.readouterr().out
+    assert output.count("note: there are total charges, which this model does not see") == 1
+    assert "dipole" not in output
+
+
+def test_what_a_model_means_nothing_for_is_refused_before_anything_is_computed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "evaluate", None)
+    radicals = [dataclasses.replace(g, num_unpaired_electrons=float(n == 3)) for n, g in enumerate(make_ions())]
+    data = write_dataset(tmp_path / "radicals", {"train": radicals[:3], "test": radicals})
+    run = save_run(tmp_path / "run", data, SO3LR, STATISTICS)
+    with pytest.raises(
+        DataError, match=r"test-000000\.tar:test-000000-000000 must have no unpaired electrons: .* never trained"
+    ):
+        evaluate_run(run)
+    boxes = [dataclasses.replace(g, cell=20 * np.eye(3), pbc=np.ones(3, bool)) for g in make_ions()]
+    data = write_dataset(tmp_path / "boxes", {"train": boxes, "test": boxes})
+    section = GeomAttSection(num_layers=1, num_features=8, inner_width=8)
+    run = save_run(tmp_path / "geomatt", data, section, STATISTICS)
+    with pytest.raises(
+        DataError, match=r"test-000000-000000 must be a molecule for this model; got a periodic structure"
+    ):
+        evaluate_run(run)
+
+
+def test_batches_that_a_model_means_nothing_for() -> None:
+    potential = make_so3lr()
+    radical = dataclasses.replace(make_ions()[0], num_unpaired_electrons=2.0, group="radical")
+    batch = collate([build_neighbors(g, *potential.cutoffs) for g in (make_ions()[1], radical)], torch.float64)
+    with pytest.raises(DataError, match="radical must have no unpaired electrons"):
+        evaluate(potential, [batch], device="cpu")
+    box = dataclasses.replace(make_graphs(1)[0], cell=20 * np.eye(3), pbc=np.ones(3, bool), group="box")
+    geomatt = build_model(GeomAttSection(num_layers=1, num_features=8, inner_width=8), STATISTICS)
+    batch = collate([build_neighbors(g, 6.0) for g in (make_graphs(1)[0], box)])
+    with pytest.raises(DataError, match="box must be a molecule for this model"):
+        evaluate(geomatt, [batch], device="cpu")

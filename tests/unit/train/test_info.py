@@ -29,7 +29,7 @@ def run_folder(tmp_path):
 
 
 def test_settings_are_those_of_the_schema():
-    settings = {s.key: s for s in info.list_settings()}
+    settings = {s.key: s for s in info.list_settings() if s.model in ("", "euclidean_transformer")}
     assert settings["train.num_steps"] == info.Setting(
         "train.num_steps", "int", "10000",
         "optimizer steps of the whole run; the learning rate ends its decay here",
@@ -42,11 +42,31 @@ def test_settings_are_those_of_the_schema():
     assert settings["model.cutoff"].text.startswith("Å; ")
 
 
+def test_every_model_shows_its_own_options():
+    settings = {(s.model, s.key): s for s in info.list_settings()}
+    assert len(settings) == len(info.list_settings())
+    assert settings["", "model.name"].type == " | ".join(config.MODEL_SECTIONS)
+    assert settings["", "model.name"].default == "euclidean_transformer"
+    assert settings["so3krates", "model.num_layers"].default == "6"
+    assert settings["so3lr", "model.num_layers"].default == "3"
+    inherited = {settings[model, "model.num_layers"].text for model in ("so3krates", "so3lr", "euclidean_transformer")}
+    assert inherited == {"attention layers"}
+    assert settings["geomatt", "model.num_layers"].text == "layers in each stream"
+    assert "(SPHC)" in settings["so3krates", "model.degrees"].text
+    assert "(SPHC)" not in settings["so3lr", "model.degrees"].text
+    assert settings["geomatt", "model.order_gains"].type == "[float, ...]"
+    assert settings["geomatt_envelope", "model.cutoff"].text.startswith("Å; pair factors")
+    assert ("geomatt", "model.cutoff") not in settings, "a property is no option"
+    assert ("so3lr", "model.zbl") in settings
+    assert ("so3lr", "model.normalization") not in settings, "a constant of the model is no option"
+
+
 def test_every_default_that_is_shown_can_be_typed_in():
     for setting in info.list_settings():
         section, name = setting.key.split(".")
         if setting.default != '""':
-            loaded = config.load_config([f"{setting.key}={setting.default}"])
+            model = [f"model.name={setting.model}"] if setting.model else []
+            loaded = config.load_config([*model, f"{setting.key}={setting.default}"])
             field = {f.name: f for f in dataclasses.fields(getattr(loaded, section))}[name]
             assert getattr(getattr(loaded, section), name) == field.default, setting.key
 
@@ -58,6 +78,12 @@ def test_config_lists_settings_and_overlays(capsys):
     assert f"train.learning_rate = {default}    (float)\n    largest learning rate" in out
     assert "run=" in out
     assert "quickstart" in out
+    for model in config.MODEL_SECTIONS:
+        assert out.count(f"\noptions of model.name={model}: ") == 1
+    so3krates = out.split("options of model.name=so3krates: ")[1].split("options of model.name=")[0]
+    assert so3krates.startswith("So3krates as published in 2022")
+    assert "model.non_local = false    (bool)\n    geometric attention" in so3krates
+    assert "model.zbl" not in so3krates
 
 
 def test_installation(capsys):
@@ -79,7 +105,7 @@ def test_a_run_folder_is_described(run_folder, capsys):
     for text in (
         "mine", "here", "step_00000020", "run.json: data_fingerprint", "0123456789abcdef",
         "run.json: package_version", "1.2.3", "train at step 20", "loss 1", "validation at step 10",
-        "forces_mae 0.25", "none yet", "evaluation/parity_forces.png",
+        "forces_mae 0.25", "euclidean_transformer", "none yet", "evaluation/parity_forces.png",
     ):  # fmt: skip
         assert text in out, text
 
@@ -90,6 +116,13 @@ def test_a_run_that_has_only_begun_is_described(run_folder):
     rows = dict(info.describe_run(run_folder))
     assert rows["pictures"] == "none"
     assert rows["checkpoints"] == "step_00000020"
+
+
+@pytest.mark.parametrize("model", config.MODEL_SECTIONS)
+def test_the_model_of_a_run_is_described(run_folder, model):
+    loaded = config.load_config([f"model.name={model}", "model.num_layers=2"])
+    (run_folder / "config.yaml").write_text(config.dump_config(loaded))
+    assert dict(info.describe_run(run_folder))["model"] == f"{model}, num_layers=2"
 
 
 def test_other_folders_and_damage_are_refused(run_folder, tmp_path):

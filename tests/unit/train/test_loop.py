@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import types
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +12,15 @@ from analytic import label, make_cluster, make_morse, write_dataset
 from training_setup import make_config, make_dataset, make_graphs, make_settings, run_processes, train
 
 from so3krates_dist.data.stream import iter_batches
+from so3krates_dist.distributed import Rank
 from so3krates_dist.errors import EXIT_DONE, ConfigError, DataError
 from so3krates_dist.graph import Graph
 from so3krates_dist.metrics import read_metrics
 from so3krates_dist.model.registry import load_model
+from so3krates_dist.train import loop
+from so3krates_dist.train.checkpoint import TrainingState
 from so3krates_dist.train.evaluate import evaluate
-from so3krates_dist.train.loop import _check_data
+from so3krates_dist.train.loop import Training, _check_data
 
 
 def run_to_the_end(dataset: Path, run: Path, *settings: str) -> Path:
@@ -70,7 +74,7 @@ class TestWhatARunLeaves:
         """Loaded anew, it has the validation error that the record says is the smallest."""
         records = [r for r in read_metrics(run / "metrics.jsonl") if r["kind"] == "validation"]
         best = min(records, key=lambda r: r["forces_mae"])
-        batches = iter_batches(dataset, "validation", batch_size=32, cutoff=4.0)
+        batches = iter_batches(dataset, "validation", batch_size=32, cutoffs=(4.0, 4.0))
         found = evaluate(load_model(run), batches, device=torch.device("cpu")).summary()
         assert found["forces_mae"] == pytest.approx(best["forces_mae"], rel=1e-6)
         provenance = json.loads((run / "config.json").read_text())["provenance"]
@@ -84,6 +88,50 @@ class TestWhatARunLeaves:
         state = read_state(run, 12)
         for name, weight in load_model(run / "last").named_parameters():
             assert torch.equal(weight, state[f"mean.{name}"]), name
+
+
+class TestBestModel:
+    def make(self, monkeypatch: pytest.MonkeyPatch, summaries: list[dict[str, float]], saved: list[int]) -> Training:
+        """Return a training whose evaluations give these figures."""
+        figures = iter(summaries)
+        evaluation = types.SimpleNamespace(summary=lambda: next(figures))
+        monkeypatch.setattr(loop, "evaluate", lambda *_, **__: evaluation)
+        monkeypatch.setattr(loop, "iter_batches", lambda *_, **__: ())
+        monkeypatch.setattr(Training, "save_model", lambda _, __, step: saved.append(step))
+        training = object.__new__(Training)
+        training.config, training.rank, training.best_score = make_config("data", "run"), Rank(), float("inf")
+        training.path, training.device = Path("run"), torch.device("cpu")
+        training.manifest = types.SimpleNamespace(num_conformers=lambda _: 4)  # type: ignore[assignment]
+        training.metrics = types.SimpleNamespace(log=lambda *_: None)  # type: ignore[assignment]
+        potential = types.SimpleNamespace(cutoffs=(4.0, 4.0))
+        training.mean = types.SimpleNamespace(potential=potential, load_state=lambda _: None)  # type: ignore[assignment]
+        training.engine = types.SimpleNamespace(load_state=lambda _: None)  # type: ignore[assignment]
+        return training
+
+    @pytest.mark.parametrize("forces", [True, False])
+    def test_it_is_the_one_of_least_error_not_the_latest(self, monkeypatch: pytest.MonkeyPatch, forces: bool) -> None:
+        errors = [0.5, 0.3, 0.4, 0.2, 0.9]
+        other = float("nan") if not forces else 1.0
+        summaries = [
+            {"forces_mae": e if forces else other, "energy_mae_per_atom": other if forces else e} for e in errors
+        ]
+        saved: list[int] = []
+        training = self.make(monkeypatch, summaries, saved)
+        for step in range(1, 6):
+            training.validate(step)
+        assert saved == [1, 2, 4]
+        assert training.best_score == 0.2
+
+    def test_a_run_of_an_earlier_version_goes_on(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """They stored minus the step in place of the error: the next evaluation counts as the best."""
+        saved: list[int] = []
+        training = self.make(monkeypatch, [{"forces_mae": 0.4}, {"forces_mae": 0.6}], saved)
+        state = TrainingState(step=7, best_score=-7.0, tensors={})
+        monkeypatch.setattr(loop, "load_checkpoint", lambda _: state)
+        assert training.resume("checkpoint") == 7
+        training.validate(8)
+        training.validate(9)
+        assert saved == [8]
 
 
 def test_training_learns(dataset: Path, tmp_path: Path) -> None:
@@ -143,6 +191,22 @@ class TestUnusualData:
         assert all(np.isfinite(r["loss"]) and r["skipped_steps"] == 0 for r in records)
 
 
+@pytest.mark.parametrize("is_seen", [True, False])
+def test_charges_that_the_model_does_not_see_are_said_once(tmp_path: Path, is_seen: bool) -> None:
+    graphs = [dataclasses.replace(g, total_charge=1.0, num_unpaired_electrons=1.0) for g in make_graphs(6)]
+    data, model = (
+        write_dataset(tmp_path / "data", {"train": graphs}),
+        ("model.name=so3lr", "model.num_features=8", "model.num_heads=2"),
+    )
+    more = model if is_seen else ()
+    outcome = run_processes(
+        tmp_path / "log", 1, train, make_settings(data, tmp_path / "run", "train.num_steps=6", *more)
+    )
+    assert outcome.codes == (EXIT_DONE,), str(outcome)
+    note = "note: there are total charges and unpaired electrons, which this model does not see"
+    assert outcome.outputs[0].count(note) == (0 if is_seen else 1)
+
+
 class TestFirstChecks:
     def test_no_data_set_is_named(self, tmp_path: Path) -> None:
         with pytest.raises(
@@ -163,6 +227,46 @@ class TestFirstChecks:
             graph.forces = None
         data = write_dataset(tmp_path / "data", {"train": graphs})
         assert _check_data(make_config(data, tmp_path, "train.forces_weight=0.0"), hashes=True).labels == ("energy",)
+
+    @pytest.mark.parametrize(("key", "label"), [("dipole_weight", "dipole"), ("hirshfeld_weight", "hirshfeld_ratios")])
+    def test_a_further_weight_needs_labels_and_a_model_that_gives_it(
+        self, dataset: Path, tmp_path: Path, key: str, label: str
+    ) -> None:
+        with pytest.raises(
+            ConfigError, match=rf"train\.{key} must be 0 without {label} labels; got a data set with energy"
+        ):
+            _check_data(make_config(dataset, tmp_path, "model.name=so3lr", f"train.{key}=1.0"), hashes=False)
+        for model in ("euclidean_transformer", "so3krates", "geomatt", "geomatt_envelope"):
+            with pytest.raises(
+                ConfigError, match=rf"train\.{key} must be 0 where model\.name={model} has no output `{label}`"
+            ):
+                make_config(dataset, tmp_path, f"model.name={model}", f"train.{key}=1.0")
+
+    def test_a_box_for_a_model_of_molecules(self, tmp_path: Path) -> None:
+        data = write_dataset(tmp_path / "data", {"train": [make_periodic(s) for s in range(4)]})
+        for model, remedy in (
+            (("model.name=geomatt",), "Take a model that sees the cell"),
+            (("model.name=so3krates", "model.non_local=true"), "Set a long-range cutoff"),
+            (("model.name=so3lr", "model.long_range_cutoff=0"), "Set a long-range cutoff"),
+        ):
+            with pytest.raises(
+                DataError, match=f"training split must be a molecule for this model; got a periodic structure. {remedy}"
+            ):
+                _check_data(make_config(data, tmp_path, *model), hashes=False)
+        _check_data(make_config(data, tmp_path, "model.name=so3lr"), hashes=False)
+
+    def test_a_box_or_a_radical_that_only_the_validation_split_has(self, tmp_path: Path) -> None:
+        train = make_graphs(4)
+        data = write_dataset(tmp_path / "boxes", {"train": train, "validation": [make_periodic(1)]})
+        with pytest.raises(DataError, match="validation split must be a molecule for this model"):
+            _check_data(make_config(data, tmp_path, "model.name=geomatt"), hashes=False)
+        radical = dataclasses.replace(train[0], num_unpaired_electrons=2.0)
+        data = write_dataset(tmp_path / "radicals", {"train": train, "validation": [radical]})
+        with pytest.raises(DataError, match=r"validation split must have no unpaired electrons: .* was never trained"):
+            _check_data(make_config(data, tmp_path, "model.name=so3lr"), hashes=False)
+        _check_data(make_config(data, tmp_path), hashes=False)  # this one does not see them
+        data = write_dataset(tmp_path / "both", {"train": [*train, radical], "validation": [radical]})
+        _check_data(make_config(data, tmp_path, "model.name=so3lr"), hashes=False)
 
     def test_an_element_that_only_the_validation_split_has(self, tmp_path: Path) -> None:
         graphs = make_graphs(4)

@@ -1,16 +1,19 @@
 """The loss: an exact mean over all labels of the global batch, however they are divided; missing labels count nothing."""
 
+import dataclasses
 import math
 
+import numpy as np
 import pytest
 import torch
 from analytic import make_morse
+from ase.data import atomic_masses
 from training_setup import make_graphs
 
 from so3krates_dist.config import TrainSection
 from so3krates_dist.data.neighbors import build_neighbors
-from so3krates_dist.graph import Graph, GraphBatch, collate
-from so3krates_dist.train.losses import compute_loss, count_labels
+from so3krates_dist.graph import ATOMIC_MASSES, Graph, GraphBatch, collate
+from so3krates_dist.train.losses import compute_loss, count_labels, shift_dipoles
 
 SECTION = TrainSection(energy_weight=0.7, forces_weight=1.3)
 SCALE = 1.7
@@ -66,7 +69,7 @@ class TestGlobalMean:
 
     def test_counts(self) -> None:
         graphs = make_graphs(4)
-        assert count_labels(make_batch(graphs)) == [4.0, 3.0 * sum(g.num_atoms for g in graphs), 0.0]
+        assert count_labels(make_batch(graphs)) == [4.0, 3.0 * sum(g.num_atoms for g in graphs), 0.0, 0.0, 0.0]
 
 
 class TestMissingLabels:
@@ -75,7 +78,13 @@ class TestMissingLabels:
         graphs[1].energy = None
         graphs[2].forces = None
         batch = make_batch(graphs)
-        assert count_labels(batch) == [3.0, 3.0 * sum(g.num_atoms for i, g in enumerate(graphs) if i != 2), 0.0]
+        assert count_labels(batch) == [
+            3.0,
+            3.0 * sum(g.num_atoms for i, g in enumerate(graphs) if i != 2),
+            0.0,
+            0.0,
+            0.0,
+        ]
         outputs = predict(batch)
         loss, sums = compute_loss(outputs, batch, count_labels(batch), SECTION, SCALE)
         loss.backward()
@@ -162,3 +171,92 @@ def test_energies_of_large_systems_are_compared_in_float64() -> None:
     }
     _, sums = compute_loss(outputs, batch, count_labels(batch), SECTION, SCALE)
     assert float(sums[0]) == pytest.approx(1e-3 / 4, rel=1e-6)
+
+
+class TestDipolesAndHirshfeldRatios:
+    SECTION = TrainSection(energy_weight=0.0, forces_weight=0.0, dipole_weight=0.5, hirshfeld_weight=2.0)
+
+    def make(self, charges: tuple[float, ...] = (0.0, 1.0, -2.0)) -> list[Graph]:
+        rng = np.random.default_rng(5)
+        return [
+            dataclasses.replace(
+                graph, total_charge=charge, dipole=rng.normal(size=3), hirshfeld_ratios=rng.uniform(0.5, 1.0, graph.num_atoms)
+            )
+            for graph, charge in zip(make_graphs(len(charges)), charges, strict=True)
+        ]  # fmt: skip
+
+    def predict(self, batch: GraphBatch) -> dict[str, torch.Tensor]:
+        """Charges that add up as they must, and a ratio for each atom."""
+        raw = torch.sin(batch.positions.sum(1))
+        surplus = raw.new_zeros(batch.num_graphs).index_add(0, batch.graph_index, raw) - batch.total_charge
+        charges = (raw - (surplus / batch.num_atoms)[batch.graph_index]).requires_grad_(True)
+        dipole = (
+            torch.zeros(batch.num_graphs, 3)
+            .double()
+            .index_add(0, batch.graph_index, charges[:, None] * batch.positions)
+        )
+        ratios = (0.8 + 0.1 * torch.cos(batch.positions.prod(1))).requires_grad_(True)
+        zeros = torch.zeros_like(batch.positions, requires_grad=True)
+        energy = zeros.sum() + torch.zeros(batch.num_graphs).double()
+        return {"energy": energy, "forces": zeros, "dipole": dipole, "hirshfeld_ratios": ratios, "charges": charges}
+
+    def test_the_formula(self) -> None:
+        graphs = self.make()
+        batch = make_batch(graphs)
+        outputs = self.predict(batch)
+        atoms = iter(outputs["charges"].detach().numpy())
+        squares = []
+        for graph in graphs:
+            masses = atomic_masses[graph.atomic_numbers]
+            centre = masses @ graph.positions / masses.sum()
+            charges = np.array([next(atoms) for _ in range(graph.num_atoms)])
+            squares.append((charges @ (graph.positions - centre) - graph.dipole) ** 2)
+        ratios = np.concatenate([g.hirshfeld_ratios for g in graphs])
+        expected = 0.5 * np.mean(squares) + 2.0 * np.mean((outputs["hirshfeld_ratios"].detach().numpy() - ratios) ** 2)
+        assert count_labels(batch)[3:] == [9.0, float(len(ratios))]
+        loss, _ = compute_loss(outputs, batch, count_labels(batch), self.SECTION, SCALE)
+        assert float(loss.detach()) == pytest.approx(float(expected), rel=1e-10)
+
+    def test_where_the_coordinates_begin_does_not_matter(self) -> None:
+        losses = []
+        for shift in (0.0, 50.0):
+            batch = make_batch(self.make())
+            outputs = self.predict(batch)
+            moved = dataclasses.replace(batch, positions=batch.positions + shift)
+            moment = outputs["charges"][:, None] * moved.positions
+            outputs["dipole"] = torch.zeros(3, 3).double().index_add(0, batch.graph_index, moment)
+            losses.append(float(compute_loss(outputs, moved, count_labels(batch), self.SECTION, SCALE)[0].detach()))
+        assert losses[1] == pytest.approx(losses[0], rel=1e-10)
+
+    def test_dipoles_of_molecules_stay_as_they_are(self) -> None:
+        batch = make_batch(self.make((0.0, 0.0)))
+        dipoles = self.predict(batch)["dipole"]
+        assert torch.equal(shift_dipoles(dipoles, batch), dipoles)
+
+    @pytest.mark.parametrize("cut", [0, 1, 3])
+    def test_shares_of_processes_add_up(self, cut: int) -> None:
+        graphs = self.make()
+        graphs[0].dipole, graphs[1].hirshfeld_ratios = None, None
+
+        def compute(part: list[Graph], counts: list[float]) -> float:
+            batch = make_batch(part)
+            return float(compute_loss(self.predict(batch), batch, counts, self.SECTION, SCALE)[0].detach())
+
+        counts = count_labels(make_batch(graphs))
+        assert counts[3] == 6.0
+        parts = compute(graphs[:cut], counts) + compute(graphs[cut:], counts)
+        assert parts == pytest.approx(compute(graphs, counts), rel=1e-12)
+
+    def test_missing_labels_pull_nowhere_but_take_part(self) -> None:
+        """Other processes have a gradient for these weights; this one must have one too."""
+        graphs = make_graphs(2)
+        batch = make_batch(graphs)
+        outputs = self.predict(batch)
+        compute_loss(outputs, batch, [0.0, 0.0, 0.0, 3.0, 9.0], self.SECTION, SCALE)[0].backward()
+        for name in ("charges", "hirshfeld_ratios"):
+            gradient = outputs[name].grad
+            assert gradient is not None
+            assert not gradient.any()
+
+    def test_masses_are_those_that_labels_are_made_with(self) -> None:
+        np.testing.assert_allclose(ATOMIC_MASSES[1:], atomic_masses[1:], rtol=1e-9)

@@ -1,0 +1,47 @@
+"""The whole configuration: its schema (`models`, `sections`), its checks, and how it is put together (`loading`)."""
+
+from so3krates_dist.config.loading import (
+    GROUPS,
+    dump_config,
+    find_configs,
+    list_keys,
+    load_config,
+    parse_config,
+    read_config,
+    to_plain,
+)
+from so3krates_dist.config.models import (
+    DEFAULT_MODEL,
+    MODEL_SECTIONS,
+    EuclideanTransformerSection,
+    GeomAttEnvelopeSection,
+    GeomAttSection,
+    ModelSection,
+    So3kratesSection,
+    So3lrSection,
+)
+from so3krates_dist.config.sections import DataSection, MetricsSection, RunConfig, RunSection, TrainSection
+
+__all__ = [
+    "DEFAULT_MODEL",
+    "GROUPS",
+    "MODEL_SECTIONS",
+    "DataSection",
+    "EuclideanTransformerSection",
+    "GeomAttEnvelopeSection",
+    "GeomAttSection",
+    "MetricsSection",
+    "ModelSection",
+    "RunConfig",
+    "RunSection",
+    "So3kratesSection",
+    "So3lrSection",
+    "TrainSection",
+    "dump_config",
+    "find_configs",
+    "list_keys",
+    "load_config",
+    "parse_config",
+    "read_config",
+    "to_plain",
+]

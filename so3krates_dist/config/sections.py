@@ -1,0 +1,189 @@
+"""The sections that all models share, and the whole: every setting with its unit, its default and its check."""
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+from so3krates_dist.config.checks import check, check_numbers
+from so3krates_dist.config.models import EuclideanTransformerSection, ModelSection
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunSection:
+    """Which run this is and where it lives."""
+
+    name: str = "run"
+    """name in tables and in W&B"""
+    folder: str = ""
+    """run folder; empty: runs/<name>"""
+    seed: int = 0
+    """seed of the initial weights and of the order of the data"""
+    threads: int = 0
+    """CPU threads per process; 0: the cores of this machine divided by its processes"""
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        check(bool(self.name.strip()), "run.name", "not be empty", repr(self.name))
+        check(self.seed >= 0, "run.seed", "be zero or greater", self.seed)
+        check(self.threads >= 0, "run.threads", "be zero or greater", self.threads)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataSection:
+    """Which conformers to train on, and in what portions."""
+
+    folder: str = ""
+    """data set made by `so3krates generate` or `convert`; required for training"""
+    batch_size: int = 16
+    """conformers per optimizer step over all processes together, at most: an epoch is divided into equal steps, to within one"""
+    lanes: int = 8
+    """streams that the order of the data is made of; the number of processes must divide it, and never changes the order"""
+    window_blocks: int = 512
+    """blocks that are shuffled together; an epoch of fewer blocks is shuffled as a whole"""
+    max_validation: int = 0
+    """conformers of the validation split that are used while training; 0: all"""
+    num_workers: int = 0
+    """processes that prepare batches ahead of training, per training process; 0: prepared in the training process"""
+    verify: Literal["size", "sha256"] = "sha256"
+    """check of every shard before training starts"""
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        check_numbers(
+            self,
+            "data",
+            positive=("batch_size", "lanes", "window_blocks"),
+            at_least_zero=("max_validation", "num_workers"),
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainSection:
+    """How the weights are learned."""
+
+    num_steps: int = 10_000
+    """optimizer steps of the whole run; the learning rate ends its decay here"""
+    learning_rate: float = 2e-3
+    """largest learning rate, reached after the warm-up"""
+    final_learning_rate: float = 1e-6
+    """learning rate at the end of the cosine decay"""
+    warmup_steps: int = 200
+    """steps in which the learning rate rises linearly from zero"""
+    weight_decay: float = 0.0
+    """decoupled weight decay (AdamW) of weight matrices; biases, norms and embeddings have none"""
+    adam_beta1: float = 0.9
+    """decay of AdamW's mean of gradients"""
+    adam_beta2: float = 0.99
+    """decay of AdamW's mean of squared gradients"""
+    gradient_clipping: float = 0.5
+    """largest norm of the gradient of all weights; 0: not clipped"""
+    ema_decay: float = 0.999
+    """decay of the exponential mean of the weights, which is what is evaluated and exported; 0: the weights themselves"""
+    energy_weight: float = 1.0
+    """weight of the squared error of the energy per atom, in units of the force RMS times 1 Å"""
+    forces_weight: float = 1.0
+    """weight of the mean squared force error, in units of the force RMS"""
+    stress_weight: float = 0.0
+    """weight of the mean squared stress error, in (eV/Å³)^-2; 0: stress is not trained"""
+    dipole_weight: float = 0.0
+    """weight of the mean squared error of the dipole's components, in (e Å)^-2; 0: dipoles are not trained"""
+    hirshfeld_weight: float = 0.0
+    """weight of the mean squared error of the Hirshfeld ratios, which have no unit; 0: they are not trained"""
+    zero_stage: int = 1
+    """DeepSpeed's ZeRO stage: 0, 1 or 2"""
+    micro_batches: int = 1
+    """portions that a process does one after another per step, to save memory; divides data.lanes / processes"""
+    checkpoint_attention: bool = False
+    """compute the attention blocks again in the backward pass; exact; saves 3 % of memory on CPU (tests/benchmarks/memory.md)"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """where to compute; auto: a GPU where there is one"""
+    log_every: int = 50
+    """steps between lines of the log"""
+    validate_every: int = 500
+    """steps between evaluations on the validation split"""
+    save_every: int = 500
+    """steps between checkpoints"""
+    stop_at: int = 0
+    """save and stop after this many steps, with exit code 0; the same command without it goes on; 0: run to the end"""
+    keep_checkpoints: int = 2
+    """checkpoints kept, at least 2: the newest may be damaged"""
+    max_skipped_steps: int = 10
+    """steps in a row whose loss or gradient may be not finite (they are skipped) before the run stops"""
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        check_numbers(
+            self,
+            "train",
+            positive=("num_steps", "learning_rate", "micro_batches", "log_every", "validate_every", "save_every"),
+            at_least_zero=(
+                "final_learning_rate", "warmup_steps", "weight_decay", "gradient_clipping", "energy_weight",
+                "forces_weight", "stress_weight", "dipole_weight", "hirshfeld_weight", "max_skipped_steps", "stop_at",
+            ),
+        )  # fmt: skip
+        for name in ("adam_beta1", "adam_beta2", "ema_decay"):
+            check(0 <= getattr(self, name) < 1, f"train.{name}", "be at least 0 and less than 1", getattr(self, name))
+        check(self.zero_stage in (0, 1, 2), "train.zero_stage", "be 0, 1 or 2", self.zero_stage)
+        check(self.keep_checkpoints >= 2, "train.keep_checkpoints", "be at least 2", self.keep_checkpoints)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MetricsSection:
+    """Where figures go besides metrics.jsonl in the run folder."""
+
+    wandb: Literal["off", "auto", "offline", "online"] = "auto"
+    """mirror to Weights & Biases; auto: online when the user is logged in, else offline"""
+    project: str = "so3krates_dist"
+    """W&B project"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything a run depends on."""
+
+    run: RunSection = dataclasses.field(default_factory=RunSection)
+    data: DataSection = dataclasses.field(default_factory=DataSection)
+    model: ModelSection = dataclasses.field(default_factory=EuclideanTransformerSection)
+    train: TrainSection = dataclasses.field(default_factory=TrainSection)
+    metrics: MetricsSection = dataclasses.field(default_factory=MetricsSection)
+
+    def __post_init__(self) -> None:
+        """Check what depends on several sections."""
+        train, lanes = self.train, self.data.lanes
+        check(
+            lanes % train.micro_batches == 0, "train.micro_batches", f"divide data.lanes ({lanes})", train.micro_batches
+        )
+        check(
+            train.warmup_steps < train.num_steps, "train.warmup_steps", f"be less than train.num_steps ({train.num_steps})",
+            train.warmup_steps,
+        )  # fmt: skip
+        check(
+            train.final_learning_rate <= train.learning_rate, "train.final_learning_rate",
+            f"be at most train.learning_rate ({train.learning_rate})", train.final_learning_rate,
+        )  # fmt: skip
+        weights = (
+            train.energy_weight, train.forces_weight, train.stress_weight, train.dipole_weight, train.hirshfeld_weight
+        )  # fmt: skip
+        check(any(weights), "train.forces_weight", "be greater than zero where the other weights are zero", 0.0)
+        for output, key in (("dipole", "dipole_weight"), ("hirshfeld_ratios", "hirshfeld_weight")):
+            check(
+                getattr(train, key) == 0 or output in self.model.outputs, f"train.{key}",
+                f"be 0 where model.name={self.model.name} has no output `{output}`", getattr(train, key), "Set it to 0",
+            )  # fmt: skip
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return Path(self.run.folder) if self.run.folder else Path("runs") / self.run.name
+
+    def check_world_size(self, world_size: int) -> None:
+        """Raise `ConfigError` where the lanes cannot be dealt evenly to that many processes."""
+        lanes, micro = self.data.lanes, self.train.micro_batches
+        check(
+            lanes % world_size == 0, "data.lanes", f"be a multiple of the number of processes ({world_size})", lanes,
+            f"Set data.lanes={-(-lanes // world_size) * world_size} (for a new run), or start another number of processes",
+        )  # fmt: skip
+        check(
+            lanes // world_size % micro == 0, "train.micro_batches",
+            f"divide data.lanes / processes ({lanes // world_size})", micro,
+        )  # fmt: skip
