@@ -97,6 +97,20 @@ def _md(parser: argparse.ArgumentParser) -> Run:
     return dynamics.run
 
 
+def _explain(parser: argparse.ArgumentParser) -> Run:
+    from so3krates_dist.inference import explain
+
+    explain.add_arguments(parser)
+    return explain.run
+
+
+def _import(parser: argparse.ArgumentParser) -> Run:
+    from so3krates_dist.inference import interop
+
+    interop.add_arguments(parser)
+    return interop.run
+
+
 def _info(parser: argparse.ArgumentParser) -> Run:
     from so3krates_dist.train import info
 
@@ -119,6 +133,8 @@ VERBS: dict[str, tuple[Callable[[argparse.ArgumentParser], Run], str]] = {
     "train": (_train, "train a model, or resume a run"),
     "evaluate": (_evaluate, "measure the errors of a trained model, with pictures"),
     "md": (_md, "run molecular dynamics with a trained model"),
+    "explain": (_explain, "show what a trained model attends to in a structure: pictures and numbers"),
+    "import": (_import, "turn weights that others published into a model"),
     "info": (_info, "show versions, all settings, or what a run folder holds"),
     "doctor": (_doctor, "check this machine and say how to start a run on it"),
 }
