@@ -108,7 +108,8 @@ def _build_graph(tag: str, arrays: dict[str, np.ndarray], cutoff: float) -> Grap
     )  # fmt: skip
 
 
-def _compute_deviations(tag: str, **changes: object) -> dict[str, float]:
+def compute_deviations(tag: str, **changes: object) -> dict[str, float]:
+    """Return the deviations of energy and forces, relative to the energy (at least 1) and to the largest force."""
     assert REFERENCE is not None
     arrays = dict(np.load(Path(REFERENCE) / "so3krates_2022" / "outputs.npz"))
     section = dataclasses.replace(SECTIONS[tag], **changes)  # type: ignore[arg-type]
@@ -129,7 +130,7 @@ def _compute_deviations(tag: str, **changes: object) -> dict[str, float]:
 @needs_reference
 @pytest.mark.parametrize("tag", sorted(SECTIONS))
 def test_equals_the_authors_code(tag: str) -> None:
-    deviations = _compute_deviations(tag)
+    deviations = compute_deviations(tag)
     assert max(deviations.values()) <= 1e-8, deviations
 
 
@@ -137,7 +138,7 @@ def test_equals_the_authors_code(tag: str) -> None:
 @pytest.mark.parametrize("tag", ["nonlocal", "nonlocal_ln"])
 def test_what_is_left_is_the_authors_spherical_cutoff_in_single_precision(tag: str) -> None:
     """6e-9 and 7e-10 in the forces come from one over ten atoms, rounded to float32; with that number 2e-15 are left."""
-    deviations = _compute_deviations(tag, sphc_cutoff=float(np.float32(1 / 10)))
+    deviations = compute_deviations(tag, sphc_cutoff=float(np.float32(1 / 10)))
     assert max(deviations.values()) <= 1e-13, deviations
 
 
