@@ -5,12 +5,13 @@ An error that the user can mend is one line on stderr. Exit codes: errors.py, 2 
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from so3krates_dist import __version__
-from so3krates_dist.errors import So3kratesError
+from so3krates_dist.errors import EXIT_DONE, So3kratesError
 
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
@@ -73,10 +74,14 @@ def _train(parser: argparse.ArgumentParser) -> Run:
     )
 
     def run(arguments: argparse.Namespace) -> int:
-        from so3krates_dist.config import load_config
+        from so3krates_dist.config import describe_left_out, load_config
 
         config = load_config(arguments.settings)
+        from so3krates_dist.distributed import read_rank
         from so3krates_dist.train import loop
+
+        for line in describe_left_out(arguments.settings) if read_rank().is_main else ():
+            print(f"note: {line}", file=sys.stderr, flush=True)
 
         return loop.run_training(config)
 
@@ -171,7 +176,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser, run = _build_parser(next((w for w in words if not w.startswith("-")), None))
         arguments = parser.parse_args(words)
         assert run is not None, "argparse lets known verbs through only"
-        return run(arguments)
+        code = run(arguments)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # `so3krates info --config | head`: the reader has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_DONE
     except So3kratesError as error:
         print(f"so3krates: {error}", file=sys.stderr, flush=True)
         return error.exit_code

@@ -4,6 +4,8 @@ import hashlib
 import os
 from pathlib import Path
 
+from so3krates_dist.errors import DataError
+
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file: under a temporary name beside it, synced, then renamed."""
@@ -13,9 +15,30 @@ def write_text(path: Path, text: str) -> None:
 
 
 def put_in_place(temporary: Path, final: Path) -> None:
-    """Sync a file that was written under a temporary name, and give it its own."""
+    """Sync a file that was written under a temporary name, and give it its own, readable like any other file.
+
+    Libraries that make temporary files of their own (safetensors) let nobody else read them.
+    """
     sync_file(temporary)
+    mask = os.umask(0)  # there is no other way to ask for it
+    os.umask(mask)
+    temporary.chmod(0o666 & ~mask)
     temporary.replace(final)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder, and those above it; refuse before anything is computed for it.
+
+    Raises:
+        DataError: It is a file, lies below one, or cannot be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        got = "" if os.access(folder, os.W_OK | os.X_OK) else "one that is read-only"
+    except OSError as error:
+        got = "a file" if folder.is_file() else str(error.strerror)
+    if got:
+        raise DataError(str(folder), "be a folder that can be written to", got, "Give another one with --out")
 
 
 def sync_file(path: Path) -> None:

@@ -17,6 +17,7 @@ from so3krates_dist.errors import DataError
 
 FloatArray = npt.NDArray[np.floating[Any]]
 IntArray = npt.NDArray[np.integer[Any]]
+BoolArray = npt.NDArray[np.bool_]
 
 MAX_ATOMIC_NUMBER = 118
 
@@ -63,33 +64,56 @@ def compute_formula(atomic_numbers: IntArray) -> str:
     return "".join(s + (str(counts[s]) if counts[s] > 1 else "") for s in order)
 
 
-def check_periodicity(pbc: npt.NDArray[np.bool_] | None, where: str) -> None:
-    """Raise `DataError` where a structure is neither a molecule nor a crystal, for sums over all periodic images.
+MAX_IMAGE_POINTS = 50_000_000
+"""Of a sum over all periodic images; so many take up to 5 GB in single precision (of vectors: with a dozen atoms)"""
+
+
+def check_images(pbc: BoolArray | None, cell: FloatArray | None, density: float, where: str) -> None:
+    """Raise `DataError` where all periodic images of a structure cannot be summed: it is no crystal, or too large.
 
     Args:
         pbc: (3,) whether the structure repeats along each lattice vector; None for a molecule.
+        cell: (3, 3) Å; None where it is not known.
+        density: 1/Å; points of the sum along each lattice vector.
         where: File or structure, for the message.
     """
-    if pbc is None or np.all(pbc) or not np.any(pbc):
+    if pbc is None or not np.any(pbc):
         return
-    rule = "be periodic along all three lattice vectors or none for Ewald or PME"
     remedy = "Take model.electrostatics=cutoff, or a cell with a vacuum in it that is periodic in all directions"
-    raise DataError(where, rule, f"pbc {' '.join('FT'[int(p)] for p in pbc)}", remedy)
+    if not np.all(pbc):
+        rule = "be periodic along all three lattice vectors or none for Ewald or PME"
+        raise DataError(where, rule, f"pbc {' '.join('FT'[int(p)] for p in pbc)}", remedy)
+    lengths = [] if cell is None else np.linalg.norm(cell, axis=1).tolist()
+    if lengths and math.prod(density * length for length in lengths) > MAX_IMAGE_POINTS:
+        rule = f"have lattice vectors of at most {MAX_IMAGE_POINTS ** (1 / 3) / density:.0f} Å on average for this sum of images"
+        got = f"{' x '.join(f'{length:.1f}' for length in lengths)} Å"
+        raise DataError(where, rule, got, "Take a smaller cell, or a molecule without cell")
 
 
-def check_box(pbc: npt.NDArray[np.bool_] | None, sees: frozenset[str], reach: float, where: str) -> None:
-    """Raise `DataError` where a structure is periodic and a model is for molecules only.
+def check_box(
+    pbc: BoolArray | None,
+    cell: FloatArray | None,
+    where: str,
+    *,
+    sees: frozenset[str],
+    reach: float,
+    image_density: float = 0.0,
+) -> None:
+    """Raise `DataError` where a model cannot be used for a structure because of its periodic directions or its cell.
 
     Args:
         pbc: (3,) whether the structure repeats along each lattice vector; None for a molecule.
+        cell: (3, 3) Å; None where it is not known.
+        where: File, split or structure, for the message.
         sees: What the model uses of a structure.
         reach: Å; how far its pairs go; infinite: all pairs of a molecule.
-        where: File or structure, for the message.
+        image_density: 1/Å; points along a lattice vector of the model's sum over all periodic images, 0 where it has none.
     """
-    if pbc is None or not np.any(pbc) or ("cell" in sees and math.isfinite(reach)):
-        return
-    remedy = "Set a long-range cutoff" if "cell" in sees else "Take a model that sees the cell"
-    raise DataError(where, "be a molecule for this model", "a periodic structure", remedy)
+    if pbc is not None and np.any(pbc) and not ("cell" in sees and math.isfinite(reach)):
+        remedy = "Set a long-range cutoff" if "cell" in sees else "Take a model that sees the cell"
+        raise DataError(where, "be a molecule for this model", "a periodic structure", remedy)
+    if image_density:
+        check_images(pbc, cell, image_density, where)
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)

@@ -36,11 +36,19 @@ _COLUMNS: Final = (
     ("energy_mae_per_atom", "E", 1e3, ".2f", " meV/atom"),
     ("forces_mae", "F", 1e3, ".1f", " meV/Å"),
     ("stress_mae", "stress", 1e3, ".2f", " meV/Å³"),
+    ("dipole_mae", "dipole", 1e3, ".2f", " me Å"),
+    ("hirshfeld_ratios_mae", "Hirshfeld", 1e3, ".2f", "e-3"),
     ("learning_rate", "lr", 1.0, ".1e", ""),
     ("gradient_norm", "|g|", 1.0, ".2g", ""),
     ("conformers_per_second", "", 1.0, ".0f", " conformers/s"),
     ("data_wait_share", "data wait", 100.0, ".1f", " %"),
 )
+
+_WEIGHTS: Final = {
+    "energy_mae_per_atom": "energy_weight", "forces_mae": "forces_weight", "stress_mae": "stress_weight",
+    "dipole_mae": "dipole_weight", "hirshfeld_ratios_mae": "hirshfeld_weight",
+}  # fmt: skip
+"""Keys of the section `train`; where one is zero, the console does not show the error"""
 
 
 # ------------------------------------------------------------------------------------------------------------- the record
@@ -335,8 +343,8 @@ class _ConsoleView:
 
     _STYLES: Final = {"validation": "bold green", "test": "bold green", "event": "yellow"}
 
-    def __init__(self, num_steps: int, stream: IO[str] | None = None) -> None:
-        self._num_steps = num_steps
+    def __init__(self, num_steps: int, stream: IO[str] | None = None, hidden: frozenset[str] = frozenset()) -> None:
+        self._num_steps, self._hidden = num_steps, hidden
         self._stream = stream or sys.stdout
         self._first: tuple[int, float] | None = None
         self._bar: Any = None
@@ -344,7 +352,8 @@ class _ConsoleView:
     def show(self, kind: Kind, step: int, values: Mapping[str, Value]) -> None:
         """Print one record."""
         eta = self._estimate_rest(step) if kind == "train" else None
-        self.say(format_record(kind, step, values, self._num_steps, eta), self._STYLES.get(kind, ""))
+        shown = {name: value for name, value in values.items() if name not in self._hidden}
+        self.say(format_record(kind, step, shown, self._num_steps, eta), self._STYLES.get(kind, ""))
         if kind == "train" and self._stream.isatty():
             self._advance(step)
 
@@ -431,7 +440,8 @@ class MetricsLogger:
     """
 
     def __init__(self, folder: Path, config: RunConfig, *, is_main: bool, console: bool = True) -> None:
-        self._view = _ConsoleView(config.train.num_steps) if is_main and console else None
+        hidden = frozenset(name for name, weight in _WEIGHTS.items() if not getattr(config.train, weight))
+        self._view = _ConsoleView(config.train.num_steps, hidden=hidden) if is_main and console else None
         self._record = Record(folder / METRICS_NAME) if is_main else None
         self._mirror = WandbMirror(folder, config, self.message) if is_main else None
         self._disk_warned = False

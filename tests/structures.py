@@ -8,6 +8,7 @@ from typing import Any
 import ase
 import ase.build
 import numpy as np
+import pytest
 import torch
 
 from so3krates_dist.config import (
@@ -84,6 +85,7 @@ SO3LR: dict[str, So3lrSection] = {
     for name, overrides in {
         "so3lr": {"long_range_cutoff": 10.0},
         "so3lr_endless": {"long_range_cutoff": 0.0},
+        "so3lr_ewald": {"electrostatics": "ewald", "long_range_cutoff": 10.0},
         "so3lr_semi_local": {
             "zbl": False, "electrostatics": "none", "dispersion": False, "charge_embedding": False, "spin_embedding": False,
         },
@@ -114,11 +116,21 @@ PERIODIC = [name for name, section in OPTIONS.items() if "cell" in section.sees 
 
 
 def make_potential(
-    options: str = "backbone", dtype: torch.dtype = torch.float64, seed: int = 0, noise: float = 0.2, **changes: object
+    options: str | ModelSection = "backbone",
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+    noise: float = 0.2,
+    **changes: object,
 ) -> Potential:
-    """Return a potential in evaluation mode; noise on top makes all weights random, those that start as zero or one too."""
+    """Return a potential in evaluation mode; noise on top makes all weights random, those that start as zero or one too.
+
+    Options are a name from `OPTIONS` or a section. Skips the test where the model takes an extra that is not installed.
+    """
     torch.manual_seed(seed)
-    section = dataclasses.replace(OPTIONS[options], **changes)  # type: ignore[arg-type]
+    section = OPTIONS[options] if isinstance(options, str) else options
+    section = dataclasses.replace(section, **changes)  # type: ignore[arg-type]
+    if section.image_density:
+        pytest.importorskip("torchpme", reason="torch-pme (the extra longrange) is not installed")
     potential = build_model(section, STATISTICS)
     with torch.no_grad():
         for parameter in potential.parameters():

@@ -2,6 +2,7 @@
 
 from so3krates_dist.config.loading import (
     GROUPS,
+    describe_left_out,
     dump_config,
     find_configs,
     list_keys,
@@ -37,6 +38,7 @@ __all__ = [
     "So3kratesSection",
     "So3lrSection",
     "TrainSection",
+    "describe_left_out",
     "dump_config",
     "find_configs",
     "list_keys",

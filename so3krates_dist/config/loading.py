@@ -191,10 +191,18 @@ def _merge(base: Any, content: dict[str, Any], source: str, model: str) -> Any:
         return OmegaConf.merge(base, OmegaConf.create(content))
     except omegaconf.errors.OmegaConfBaseException as error:
         flat, known = _flatten(content), list_keys(model)
-        key = getattr(error, "full_key", None) or next(iter(flat), source)
-        key = key if key in known else key.partition("[")[0]
+        key = next((k for k, v in flat.items() if not _fits(base, _nest(k, v))), next(iter(flat), source))
         got = repr(flat[key]) if key in flat else str(error).splitlines()[0]
         raise ConfigError(f"{key} ({source})", f"be {_describe(known.get(key))}", got, "Change the value") from error
+
+
+def _fits(base: Any, content: dict[str, Any]) -> bool:
+    """Return whether a single value is of its key's type; errors in an element of a list do not say where they are."""
+    try:
+        OmegaConf.merge(base, OmegaConf.create(content))
+    except omegaconf.errors.OmegaConfBaseException:
+        return False
+    return True
 
 
 def _flatten(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -223,6 +231,11 @@ def load_config(arguments: Sequence[str]) -> RunConfig:
     Raises:
         ConfigError: A key is unknown, a value has the wrong type or is out of range, or values are at odds.
     """
+    return _build_config(_read_layers(arguments))
+
+
+def _read_layers(arguments: Sequence[str]) -> list[Layer]:
+    """Return the base, the overlays and the command line."""
     overlays, overrides = _split_arguments(arguments)
     base = find_configs() / "base.yaml"
     layers = [(_read_yaml(base), base.name)] if base.is_file() else []
@@ -230,7 +243,26 @@ def load_config(arguments: Sequence[str]) -> RunConfig:
     command_line: dict[str, Any] = {}
     for key, text in overrides:
         _update(command_line, _nest(key, _parse_value(key, text)))
-    return _build_config([*layers, (command_line, "command line")])
+    return [*layers, (command_line, "command line")]
+
+
+def describe_left_out(arguments: Sequence[str]) -> list[str]:
+    """Return a line about each layer whose options of the model do not count, because a later one names another model.
+
+    Args:
+        arguments: As for `load_config`, which has accepted them.
+    """
+    model, options, lines = DEFAULT_MODEL, dict[str, str](), list[str]()
+    for content, source in _read_layers(arguments):
+        own = content.get("model") or {}
+        named = own.get("name", model)
+        if named != model:
+            text = "model options of {} are those of {}, not of {}, and were left out"
+            lines += [text.format(where, before, named) for where, before in options.items()]
+            model, options = named, {}
+        if own.keys() - {"name"}:
+            options[source] = model
+    return lines
 
 
 def _update(content: dict[str, Any], changes: dict[str, Any]) -> None:

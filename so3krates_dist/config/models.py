@@ -16,6 +16,12 @@ MIN_LONG_RANGE_CUTOFF: Final = 10.0
 
 MAX_DEGREE: Final = 8
 
+EWALD_TRUNCATION: Final = 7.0
+"""Sums of Gaussian tails end where the argument is this many widths; what is left out is erfc(7 / sqrt(2)) = 3e-12"""
+
+MESH_POINTS_PER_WIDTH: Final = 10.0
+"""Mesh points along the width of a Gaussian, for particle-mesh Ewald"""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelSection:
@@ -24,8 +30,6 @@ class ModelSection:
     name: str = ""
     """which model of the family"""
 
-    sees: ClassVar[frozenset[str]] = frozenset({"cell"})
-    """what it uses of a structure besides elements and positions: `total_charge`, `num_unpaired_electrons`, `cell`"""
     outputs: ClassVar[frozenset[str]] = frozenset()
     """what it gives besides energy, forces and stress: `dipole`, `partial_charges`, `hirshfeld_ratios`"""
 
@@ -38,6 +42,21 @@ class ModelSection:
     def reach(self) -> float:
         """Å; up to where the model's pairs of atoms go; infinite: all pairs of a molecule."""
         return self.cutoff
+
+    @property
+    def sees(self) -> frozenset[str]:
+        """What it uses of a structure besides elements and positions: `total_charge`, `num_unpaired_electrons`, `cell`."""
+        return frozenset({"cell"})
+
+    @property
+    def image_density(self) -> float:
+        """1/Å; points along a lattice vector of the model's sum over all periodic images, 0 where it has none."""
+        return 0.0
+
+    @property
+    def cuts_electrostatics(self) -> bool:
+        """Whether Coulomb energies end at a cutoff; those of charged periodic structures then depend on it."""
+        return False
 
     @property
     def uses_mean_neighbors(self) -> bool:
@@ -145,6 +164,11 @@ class So3kratesSection(_AttentionSection):
         """Å; infinite where attention is non-local."""
         return math.inf if self.non_local else self.cutoff
 
+    @property
+    def sees(self) -> frozenset[str]:
+        """Not the cell where attention is non-local: between all pairs of atoms of a crystal there is no one direction."""
+        return frozenset() if self.non_local else super().sees
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EuclideanTransformerSection(_AttentionSection):
@@ -191,11 +215,12 @@ class So3lrSection(_AttentionSection):
     cutoff: float = 4.5
     """Å; atoms at this distance or beyond are no neighbours"""
     long_range_cutoff: float = 12.0
-    """Å; where electrostatics and dispersion end; 0: they do not end, for molecules only"""
+    """Å; where dispersion and electrostatics with a cutoff end; 0: they do not end, for molecules only"""
     zbl: bool = True
     """repulsion of nuclei (Ziegler, Biersack and Littmark) with trained parameters"""
     electrostatics: Literal["none", "cutoff", "ewald", "pme"] = "cutoff"
-    """Coulomb energy of the charges: none, smooth shifted-force cutoff (published), or Ewald or PME in periodic structures"""
+    """Coulomb energy of the charges: none; cutoff, with a shifted force (published; energies of charged periodic structures depend
+    on it); ewald or pme, without cutoff, over all images of periodic structures and all pairs of molecules"""
     electrostatic_damping: float = 4.0
     """Å; sigma of erf(r / sigma) / r, which takes the place of 1 / r"""
     dispersion: bool = True
@@ -216,25 +241,62 @@ class So3lrSection(_AttentionSection):
     residual_mlp: ClassVar[Literal["preactivation"]] = "preactivation"
     message_scale: ClassVar[Literal["mean_neighbors"]] = "mean_neighbors"
     sphc_normalization: ClassVar[float] = 0.0
-    sees: ClassVar[frozenset[str]] = frozenset({"cell", "total_charge", "num_unpaired_electrons"})
     outputs: ClassVar[frozenset[str]] = frozenset({"dipole", "partial_charges", "hirshfeld_ratios"})
 
     def __post_init__(self) -> None:
         """Check the values."""
         super().__post_init__()
         check_numbers(self, "model", positive=("electrostatic_damping", "dispersion_damping"))
+        self._check_effects()
         least = max(self.cutoff, MIN_LONG_RANGE_CUTOFF)
         check(
             self.long_range_cutoff == 0 or self.long_range_cutoff >= least,
             "model.long_range_cutoff", f"be 0 (none) or at least {least:g} Å", self.long_range_cutoff,
         )  # fmt: skip
+        check(
+            self.long_range_cutoff > 0 or not (self.image_density and self.dispersion),
+            "model.long_range_cutoff", f"not be 0 with dispersion beside {self.electrostatics}", self.long_range_cutoff,
+            "Set it to 12: crystals need an end of dispersion; or set model.electrostatics=cutoff",
+        )  # fmt: skip
+
+    def _check_effects(self) -> None:
+        """Refuse options that are set and mean nothing without others."""
+        charges = "model.electrostatics"
+        needs = {
+            "electrostatic_damping": (self.electrostatics != "none", charges),
+            "dispersion_damping": (self.dispersion, "model.dispersion"),
+            "long_range_cutoff": (self.electrostatics != "none" or self.dispersion, f"model.dispersion and {charges}"),
+        }
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        for name, (has_effect, without) in needs.items():
+            value, default = getattr(self, name), defaults[name]
+            rule = f"be left at {default:g} without {without}"
+            check(has_effect or value == default, f"model.{name}", rule, value, "Leave it out")
 
     @property
     def reach(self) -> float:
-        """Å; the long-range cutoff, infinite without one."""
-        if self.electrostatics == "none" and not self.dispersion:
+        """Å; the long-range cutoff, infinite without one, where a term goes so far."""
+        if not (self.cuts_electrostatics or self.dispersion):
             return self.cutoff
         return self.long_range_cutoff or math.inf
+
+    @property
+    def sees(self) -> frozenset[str]:
+        """The total charge also without its embedding: partial charges add up to it."""
+        electrons = {"total_charge", "num_unpaired_electrons"} if self.spin_embedding else {"total_charge"}
+        return super().sees | electrons
+
+    @property
+    def image_density(self) -> float:
+        """1/Å; vectors of the reciprocal lattice for Ewald, mesh points for PME, see `EWALD_TRUNCATION`."""
+        width = self.electrostatic_damping / math.sqrt(2)
+        densities = {"ewald": EWALD_TRUNCATION / math.pi / width, "pme": MESH_POINTS_PER_WIDTH / width}
+        return densities.get(self.electrostatics, 0.0)
+
+    @property
+    def cuts_electrostatics(self) -> bool:
+        """Whether Coulomb energies end at a cutoff, or would if there were one."""
+        return self.electrostatics == "cutoff"
 
     @property
     def uses_mean_neighbors(self) -> bool:
@@ -285,7 +347,7 @@ class _GeomAttSection(ModelSection):
         check(valid, "model.orders", "be ascending integers from 2 to 5", list(orders))
         least = 2 ** (orders[-1] - 2)
         check(self.inner_width >= least, "model.inner_width", f"be at least {least} for these orders", self.inner_width)
-        rule = f"be more than one spacing ({self.grid_spacing:g} Å) above model.grid_start"
+        rule = f"be at least two spacings ({2 * self.grid_spacing:g} Å) above model.grid_start"
         check(self.grid_end >= self.grid_start + 2 * self.grid_spacing, "model.grid_end", rule, self.grid_end)
         gains = list(self.order_gains)
         check(
@@ -304,7 +366,10 @@ class GeomAttSection(_GeomAttSection):
     """dense: all pairs in matrices; neighbor_list: pairs up to 1.1 Å beyond the grid plus the constant rest, linear in the
     atoms (5e-12 from dense); auto: the same pairs, in matrices for small molecules"""
 
-    sees: ClassVar[frozenset[str]] = frozenset()
+    @property
+    def sees(self) -> frozenset[str]:
+        """Nothing: without an end of attention there is no sum over periodic images."""
+        return frozenset()
 
     @property
     def cutoff(self) -> float:

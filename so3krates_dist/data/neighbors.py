@@ -1,7 +1,8 @@
 """Neighbour pairs of one structure: undirected, each once, those within the cutoff before those of long-range terms.
 
 Small molecules are done with numpy (all pairs, then a mask: faster below about 150 atoms), anything periodic or larger with
-vesin's cell list. Refuses atoms on top of each other: their direction is undefined and its derivatives are not finite.
+vesin's cell list. Refuses atoms on top of each other: their direction is undefined and its derivatives are not finite. Refuses
+structures with more pairs than memory is likely to hold, before it looks for them.
 """
 
 import dataclasses
@@ -16,6 +17,8 @@ from so3krates_dist.graph import FloatArray, Graph, IntArray
 MAX_ATOMS_ALL_PAIRS = 150
 MIN_DISTANCE = 1e-3
 """Å; pairs closer than this are refused"""
+MAX_PAIRS = 100_000_000
+"""Pairs of one structure; their list takes some 10 GB"""
 
 
 @functools.lru_cache(maxsize=2 * MAX_ATOMS_ALL_PAIRS)
@@ -60,6 +63,35 @@ def _check_distances(graph: Graph, squared: np.ndarray) -> None:
         )
 
 
+def _estimate_pairs(graph: Graph, reach: float) -> float:
+    """Return about how many pairs there are: 2/3 pi reach^3 N^2 / V for a mean density N / V.
+
+    Directions that do not repeat count with the structure's extent, or, where the reach is longer, with 4/3 of the reach: slabs and
+    wires then have the pairs of a disc and (within a fifth) of a line.
+    """
+    num_pairs = graph.num_atoms * (graph.num_atoms - 1) / 2
+    if math.isinf(reach):
+        return num_pairs
+    vectors = np.zeros((0, 3)) if graph.cell is None or graph.pbc is None else np.asarray(graph.cell)[graph.pbc]
+    open_axes = np.linalg.svd(vectors)[2][len(vectors) :] if len(vectors) < 3 else vectors[:0]
+    extents = np.maximum(np.ptp(graph.positions @ open_axes.T, axis=0), 4 / 3 * reach)
+    volume = math.sqrt(max(np.linalg.det(vectors @ vectors.T), MIN_DISTANCE**6)) * float(extents.prod())
+    within_reach = 2 / 3 * math.pi * reach**3 * graph.num_atoms**2 / volume
+    return within_reach if len(vectors) else min(num_pairs, within_reach)
+
+
+def _check_number(graph: Graph, reach: float) -> None:
+    estimate = _estimate_pairs(graph, reach)
+    if estimate > MAX_PAIRS:
+        far = "any distance" if math.isinf(reach) else f"{reach:g} Å"
+        raise DataError(
+            graph.group or "structure",
+            f"have at most {MAX_PAIRS:.0e} pairs of atoms up to {far}",
+            f"about {estimate:.1e}",
+            "Set a shorter long-range cutoff, or take a smaller structure",
+        )
+
+
 def build_neighbors(graph: Graph, cutoff: float, reach: float | None = None) -> Graph:
     """Return the structure with its neighbour pairs.
 
@@ -73,7 +105,7 @@ def build_neighbors(graph: Graph, cutoff: float, reach: float | None = None) -> 
         of an atom with its own periodic image is there once for each direction and its opposite together, like any other pair.
 
     Raises:
-        DataError: Two atoms coincide, or all pairs of a periodic structure are asked for.
+        DataError: Two atoms coincide, there are too many pairs, or all pairs of a periodic structure are asked for.
     """
     reach = cutoff if reach is None else max(reach, cutoff)
     if math.isinf(reach) and graph.is_periodic:
@@ -83,7 +115,11 @@ def build_neighbors(graph: Graph, cutoff: float, reach: float | None = None) -> 
             "a periodic structure",
             "Set a long-range cutoff, or take a model with one",
         )
-    all_pairs = not graph.is_periodic and (graph.num_atoms <= MAX_ATOMS_ALL_PAIRS or math.isinf(reach))
+    small = not graph.is_periodic and graph.num_atoms <= MAX_ATOMS_ALL_PAIRS
+    if not small:
+        _check_number(graph, reach)
+    # The cell list takes as long as the reach is, cubed, also where there are no more atoms to find.
+    all_pairs = small or (not graph.is_periodic and reach >= np.linalg.norm(np.ptp(graph.positions, axis=0)))
     first, second, shifts, squared = _pairs_of_molecule(graph) if all_pairs else _pairs_from_cell_list(graph, reach)
     _check_distances(graph, squared)
     order, num_short = _order_by_range(squared, cutoff, reach)

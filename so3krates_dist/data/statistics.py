@@ -60,7 +60,7 @@ def compute_statistics(graphs: Sequence[Graph], isolated_atom_energies: Mapping[
         Plain numbers under string keys (they go to `manifest.json`), of which `energy_baselines` (eV by atomic number),
         `energy_residual_std_per_atom` (eV/atom, gross outliers clipped), `force_rms` (eV/Å, over all components),
         `force_rms_per_element`, `max_force` (eV/Å, largest norm) and `mean_neighbors` (directed edges per atom, averaged over
-        conformers, by cutoff in Å; spec trap 16) are used in training. Without energies the baselines are the isolated atoms'
+        conformers, by cutoff in Å) are used in training. Without energies the baselines are the isolated atoms'
         energies or zero; without forces their entries are None.
 
     Raises:

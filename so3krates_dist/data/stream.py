@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch.utils.data import DataLoader, Dataset
 
@@ -21,7 +20,7 @@ from so3krates_dist.data.plan import Place, Plan
 from so3krates_dist.data.shards import Block, BlockEntry, BlockReader, Manifest, ShardEntry, iter_graphs, load_manifest
 from so3krates_dist.distributed import Rank
 from so3krates_dist.errors import DataError, So3kratesError
-from so3krates_dist.graph import Graph, GraphBatch, check_box, check_periodicity, collate
+from so3krates_dist.graph import BoolArray, FloatArray, Graph, GraphBatch, check_box, collate
 
 
 def _list_blocks(manifest: Manifest, split: str) -> list[tuple[ShardEntry, BlockEntry]]:
@@ -44,17 +43,16 @@ MAX_KEPT_PAIRS: Final = 5_000_000
 There are some 13 an atom within 5 Å, but hundreds within a long-range cutoff, and half as many as atoms where all pairs count"""
 
 
-def check_allows_box(section: ModelSection, pbc: npt.NDArray[np.bool_] | None, where: str) -> None:
-    """Raise `DataError` where a model cannot be used for a structure because of its periodic directions.
+def check_allows_box(section: ModelSection, pbc: BoolArray | None, cell: FloatArray | None, where: str) -> None:
+    """Raise `DataError` where a model cannot be used for a structure because of its periodic directions or its cell.
 
     Args:
         section: The model.
         pbc: (3,) whether the structure repeats along each lattice vector; None for a molecule.
+        cell: (3, 3) Å; None where it is not known.
         where: File, split or structure, for the message.
     """
-    check_box(pbc, section.sees, section.reach, where)
-    if getattr(section, "electrostatics", "") in ("ewald", "pme"):
-        check_periodicity(pbc, where)
+    check_box(pbc, cell, where, sees=section.sees, reach=section.reach, image_density=section.image_density)
 
 
 class TrainingStream(Dataset[list[GraphBatch]]):
@@ -104,7 +102,7 @@ class TrainingStream(Dataset[list[GraphBatch]]):
         """Return a conformer with its pairs, found the first time it is used where conformers are kept."""
         if graph.pair_first is not None:
             return graph
-        check_allows_box(self._model, graph.pbc, graph.group or "structure")
+        check_allows_box(self._model, graph.pbc, graph.cell, graph.group or "structure")
         complete = build_neighbors(graph, *self._cutoffs)
         assert complete.pair_first is not None
         if self._keeps and self._num_kept_pairs + len(complete.pair_first) <= MAX_KEPT_PAIRS:

@@ -6,7 +6,6 @@ What the model ignores of a structure is said once. Nothing is reused between ca
 anew each time (it is a small part of a step, and a stale one is wrong without a sign).
 """
 
-import copy
 import dataclasses
 import warnings
 from pathlib import Path
@@ -21,7 +20,7 @@ from ase.stress import full_3x3_to_voigt_6_stress
 from so3krates_dist.data.neighbors import build_neighbors
 from so3krates_dist.errors import ConfigError, DataError
 from so3krates_dist.graph import Graph, collate, compute_formula
-from so3krates_dist.model.potential import Potential, describe_ignored
+from so3krates_dist.model.potential import CHARGED_CRYSTALS, Potential
 from so3krates_dist.model.registry import change_model, load_model
 
 DTYPES: Final = {"float32": torch.float32, "float64": torch.float64}
@@ -46,15 +45,18 @@ class So3kratesCalculator(Calculator):  # type: ignore[misc] # ASE has no comple
     but has seen none in training (SO3LR as published) takes none for such a structure, says so once, and refuses structures
     that state some. Initial charges and magnetic moments are ignored.
 
+    Vibrations of symmetric molecules with `model.name=so3krates` mean nothing: its forces jump at symmetric geometries.
+
     Args:
         model: Run folder, a folder with `model.safetensors`, or a model (it is copied, the caller's stays as it is).
         device: Where to compute, e.g. `cpu` or `cuda`.
         dtype: `float32` (fast) or `float64` (smoother energies: for vibrations, long trajectories, tight relaxations).
-        long_range_cutoff: Å, where electrostatics and dispersion end; None: they do not end, for molecules only. Without it the
-            model's own. Only for models that have such an option.
+        long_range_cutoff: Å, where electrostatics and dispersion end; None or 0: they do not end, for molecules only. Without it
+            the model's own. Only for models that have such terms.
 
     Raises:
-        ConfigError: `dtype` is neither of the two, or the model has no long-range cutoff or does not allow this one.
+        ConfigError: There is no such device, `dtype` is neither of the two, or the model has no long-range cutoff or does not
+            allow this one.
         CheckpointError: The folder holds no model.
     """
 
@@ -70,15 +72,12 @@ class So3kratesCalculator(Calculator):  # type: ignore[misc] # ASE has no comple
         super().__init__()
         if dtype not in DTYPES:
             raise ConfigError("dtype", f"be one of {', '.join(DTYPES)}", dtype, "Take float32, or float64 to be exact")
-        self._device, self._dtype = torch.device(device), DTYPES[dtype]
-        changes = {}
-        if long_range_cutoff != "of the model":
-            changes["long_range_cutoff"] = 0.0 if long_range_cutoff is None else float(long_range_cutoff)
+        self._device, self._dtype = _read_device(device), DTYPES[dtype]
+        changes = {} if long_range_cutoff == "of the model" else {"long_range_cutoff": _read_cutoff(long_range_cutoff)}
         if isinstance(model, str | Path):
             self.potential = load_model(model, device=self._device, dtype=self._dtype, changes=changes)
         else:
-            model = change_model(model, changes, device=self._device, dtype=self._dtype) if changes else model
-            self.potential = _copy_model(model, self._device, self._dtype)
+            self.potential = change_model(model, changes, device=self._device, dtype=self._dtype)
         further = tuple(name for name, output in FURTHER_OUTPUTS.items() if output in self.potential.outputs)
         self.implemented_properties = (*type(self).implemented_properties, *further)
         self._electrons: tuple[float, float, bool] | None = None
@@ -138,17 +137,14 @@ class So3kratesCalculator(Calculator):  # type: ignore[misc] # ASE has no comple
         Raises:
             DataError: The model means nothing for it.
         """
-        sees, statistics = self.potential.as_network.sees, self.potential.statistics
-        is_untrained = "num_unpaired_electrons" in sees and not statistics.has_unpaired_electrons
-        if graph.num_unpaired_electrons and is_untrained and not _states_spin(self.atoms):
-            self._say_once(
-                f"{graph.group} has an odd number of electrons and states no spin; this model, which saw no unpaired electrons in"
-                " training, takes none"
-            )
-            graph = dataclasses.replace(graph, num_unpaired_electrons=0.0)
+        graph, line = suppose_closed_shell(graph, self.atoms, self.potential)
+        self._say_once(line)
         self.potential.check_structure(graph)
         present = [n for n in ("total_charge", "num_unpaired_electrons") if getattr(graph, n)]
-        self._say_once(describe_ignored(sees, present))
+        if graph.is_periodic and graph.total_charge:
+            present.append(CHARGED_CRYSTALS)
+        for line in self.potential.describe_limits(present):
+            self._say_once(line)
         return graph
 
     def _say_once(self, text: str) -> None:
@@ -157,21 +153,57 @@ class So3kratesCalculator(Calculator):  # type: ignore[misc] # ASE has no comple
             warnings.warn_explicit(text, UserWarning, "so3krates_dist", 0)  # one line, without one of the source
 
 
+def suppose_closed_shell(graph: Graph, atoms: Atoms, potential: Potential) -> tuple[Graph, str]:
+    """Take no unpaired electron where one is only supposed and the model has seen none.
+
+    Args:
+        graph: The structure with the unpaired electrons that `read_electrons` found.
+        atoms: The structure with what it states.
+        potential: The model.
+
+    Returns:
+        The structure as the model takes it, and a line that says so, empty where nothing was changed.
+    """
+    sees, statistics = potential.as_network.sees, potential.statistics
+    is_untrained = "num_unpaired_electrons" in sees and not statistics.has_unpaired_electrons
+    if not (graph.num_unpaired_electrons and is_untrained) or _states_spin(atoms):
+        return graph, ""
+    line = (
+        f"{graph.group} has an odd number of electrons and states no spin; this model, which saw no unpaired electrons in"
+        " training, takes none"
+    )
+    return dataclasses.replace(graph, num_unpaired_electrons=0.0), line
+
+
+def _read_device(device: torch.device | str) -> torch.device:
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError("device", "be one that torch knows", repr(device), "Take cpu or cuda") from error
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise ConfigError("device", "be there", f"{found}, one of {torch.cuda.device_count()} GPUs", "Take cpu")
+    return found
+
+
 def _states_spin(atoms: Atoms) -> bool:
     return atoms.info.get("spin") is not None
 
 
-def _copy_model(model: Potential, device: torch.device, dtype: torch.dtype) -> Potential:
-    copied = copy.deepcopy(model).to(device=device, dtype=dtype).eval().requires_grad_(False)
-    copied.energy_baselines = model.energy_baselines.to(device)  # float64 whatever the model computes in
-    return copied
+def _read_cutoff(value: float | str | None) -> float:
+    """Return Å, 0 for none."""
+    try:
+        return 0.0 if value is None else float(value)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            "long_range_cutoff", "be a number in Å, or None for no end", repr(value), "Leave it out for the model's own"
+        ) from error
 
 
 def read_electrons(atoms: Atoms) -> tuple[float, float]:
     """Return total charge (e) and number of unpaired electrons, from `info["charge"]` and `info["spin"]`.
 
     Raises:
-        DataError: One of them is no whole number, or the spin is negative.
+        DataError: One of them is no whole number, the spin is negative, or another name of them says something else.
     """
     charge, spin = atoms.info.get("charge"), atoms.info.get("spin")
     charge = 0 if charge is None else charge
@@ -184,10 +216,29 @@ def read_electrons(atoms: Atoms) -> tuple[float, float]:
             rule = "be a whole number" + (", zero or greater" if name == "spin" else "")
             raise DataError(f'atoms.info["{name}"]', rule, repr(value), "Correct it, or leave it out")
     is_odd = bool((int(atoms.numbers.sum()) - int(charge)) % 2)
-    if spin is None:
-        return float(charge), float(is_odd)
-    is_multiplicity = int(spin) > 0 and bool(int(spin) % 2) != is_odd  # no multiplicity is zero
-    return float(charge), float(int(spin) - is_multiplicity)
+    unpaired = int(is_odd)
+    if spin is not None:
+        is_multiplicity = int(spin) > 0 and bool(int(spin) % 2) != is_odd  # no multiplicity is zero
+        unpaired = int(spin) - is_multiplicity
+    _check_other_names(atoms, {"charge": int(charge), "spin": unpaired})
+    return float(charge), float(unpaired)
+
+
+OTHER_NAMES: Final = {
+    "total_charge": ("charge", 0), "Q": ("charge", 0), "multiplicity": ("spin", -1), "spin_multiplicity": ("spin", -1),
+    "uhf": ("spin", 0),
+}  # fmt: skip
+"""What other programs call charge and spin: our name of it, and what to add for the charge or the number of unpaired electrons"""
+
+
+def _check_other_names(atoms: Atoms, taken: dict[str, int]) -> None:
+    """Raise where a structure says under another name than ours that it has another charge or spin than is taken."""
+    for name, (ours, shift) in OTHER_NAMES.items():
+        value = atoms.info.get(name)
+        if not isinstance(value, int | float | np.integer | np.floating) or value + shift == taken[ours]:
+            continue
+        rule = f'agree with the {ours} that is taken: only info["charge"] and info["spin"] are read'
+        raise DataError(f'atoms.info["{name}"]', rule, value, f'State it as "{ours}", or remove it')
 
 
 def make_graph(atoms: Atoms) -> Graph:
@@ -201,7 +252,7 @@ def make_graph(atoms: Atoms) -> Graph:
         raise DataError("atoms", "hold at least one atom", 0, "Give a structure")
     if not np.isfinite(positions).all():
         got = f"{int((~np.isfinite(positions)).any(1).sum())} atoms at nan or infinity"
-        raise DataError("atoms.positions", "be finite", got, "Dynamics that explode need a shorter time step")
+        raise DataError("atoms.positions", "be finite", got, "Correct them; in dynamics take a shorter time step")
     charge, unpaired = read_electrons(atoms)
     fields: dict[str, Any] = {}
     if atoms.pbc.any():

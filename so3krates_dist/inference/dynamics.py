@@ -26,6 +26,7 @@ from so3krates_dist.config import read_config
 from so3krates_dist.data.shards import SPLITS, iter_graphs, load_manifest
 from so3krates_dist.distributed import Rank, choose_device, tune_machine
 from so3krates_dist.errors import CheckpointError, ConfigError, DataError
+from so3krates_dist.files import make_folder
 from so3krates_dist.graph import FloatArray, Graph
 from so3krates_dist.inference.calculator import DTYPES, So3kratesCalculator
 from so3krates_dist.metrics import print_table
@@ -298,13 +299,13 @@ def find_conformer(dataset: Path, molecule: str | None) -> Graph:
 
 
 def make_atoms(graph: Graph) -> Atoms:
-    """Return a conformer as ASE atoms, its charge and multiplicity in `info`."""
+    """Return a conformer as ASE atoms, its charge and number of unpaired electrons in `info`."""
     return Atoms(
         numbers=graph.atomic_numbers,
         positions=np.asarray(graph.positions, np.float64),
         cell=graph.cell,
         pbc=graph.pbc,
-        info={"charge": int(graph.total_charge), "spin": int(graph.num_unpaired_electrons) + 1},
+        info={"charge": int(graph.total_charge), "spin": int(graph.num_unpaired_electrons)},
     )
 
 
@@ -353,6 +354,8 @@ def run(arguments: argparse.Namespace) -> int:
     device = choose_device(arguments.device, Rank())
     tune_machine(1 if len(atoms) <= MAX_ATOMS_ONE_THREAD else len(os.sched_getaffinity(0)), device)
     calculator = So3kratesCalculator(folder, device=device, dtype=arguments.dtype)
+    out = choose_folder(arguments, name)
+    make_folder(out)
     result = run_nve(
         calculator,
         atoms,
@@ -363,7 +366,6 @@ def run(arguments: argparse.Namespace) -> int:
     )
     facts = {"structure": name, "temperature_kelvin": arguments.temperature, "seed": arguments.seed}
     title = f"{name}: NVE, {arguments.temperature:g} K, {arguments.timestep:g} fs"
-    out = choose_folder(arguments, name)
     write_nve(result, out, title, facts | {"dtype": arguments.dtype, "device": str(device)})
     rows = (
         ("energy drift (meV/atom per ps)", f"{result.drift:+.4f}"),

@@ -21,7 +21,7 @@ from so3krates_dist import __version__
 from so3krates_dist.data.neighbors import build_neighbors
 from so3krates_dist.distributed import Rank, choose_device, tune_machine
 from so3krates_dist.errors import CheckpointError, ConfigError, DataError
-from so3krates_dist.files import put_in_place
+from so3krates_dist.files import make_folder, put_in_place
 from so3krates_dist.graph import FloatArray, Graph, GraphBatch, IntArray, collate
 from so3krates_dist.inference.attention_pictures import (
     BoolArray,
@@ -30,7 +30,7 @@ from so3krates_dist.inference.attention_pictures import (
     plot_attention,
     plot_overview,
 )
-from so3krates_dist.inference.calculator import DTYPES, make_graph
+from so3krates_dist.inference.calculator import DTYPES, make_graph, suppose_closed_shell
 from so3krates_dist.metrics import print_table
 from so3krates_dist.model.potential import Potential, compute_vectors, describe_ignored
 from so3krates_dist.model.record import AttentionMap
@@ -39,6 +39,8 @@ from so3krates_dist.model.registry import load_model, read_model_config
 NUMBERS_NAME: Final = "attention.npz"
 NUM_STRONGEST: Final = 5
 """pairs of atoms that the table shows of each block"""
+MAX_ATOMS: Final = 1000
+"""Matrices are of all pairs of atoms; while those of GeomAtt are computed, as many as an order has channels: 3 GB"""
 ORDER_PREFIX: Final = "order "
 """kinds of GeomAtt, whose coefficients act on features linearly: their layers can be multiplied"""
 
@@ -80,6 +82,8 @@ class Explanation:
     graph: Graph
     """the structure with its charge and number of unpaired electrons"""
     blocks: tuple[Block, ...]
+    notes: tuple[str, ...] = ()
+    """lines about what was supposed of the structure"""
 
     @property
     def rollouts(self) -> dict[str, FloatArray]:
@@ -104,17 +108,14 @@ def explain(potential: Potential, atoms: Atoms) -> Explanation:
         atoms: Structure; charge and spin in `info`, as for `So3kratesCalculator`.
 
     Raises:
-        DataError: The model cannot be used for this structure.
+        DataError: The model cannot be used for this structure, or it has more than `MAX_ATOMS` atoms.
         CheckpointError: The model gives coefficients that are not finite.
     """
+    if len(atoms) > MAX_ATOMS:
+        rule, remedy = f"have at most {MAX_ATOMS} atoms to be explained", "Cut out the part that matters"
+        raise DataError(atoms.get_chemical_formula(), rule, len(atoms), remedy)
     graph = make_graph(atoms)
-    is_untrained = (
-        "num_unpaired_electrons" in potential.as_network.sees and not potential.statistics.has_unpaired_electrons
-    )
-    if (
-        is_untrained and atoms.info.get("spin") is None
-    ):  # supposed from an odd number of electrons, as the calculator does
-        graph = dataclasses.replace(graph, num_unpaired_electrons=0.0)
+    graph, note = suppose_closed_shell(graph, atoms, potential)
     potential.check_structure(graph)
     parameter = next(potential.parameters())
     batch = collate([build_neighbors(graph, *potential.cutoffs)], parameter.dtype).to(parameter.device)
@@ -123,7 +124,7 @@ def explain(potential: Potential, atoms: Atoms) -> Explanation:
     assert len(set(names)) == len(names), "each block of a layer has its own kind"
     if not all(np.isfinite(b.values).all() for b in blocks):
         raise CheckpointError("model", "give finite attention", "nan or infinity", "Take weights from an earlier step")
-    return Explanation(atoms=atoms, graph=graph, blocks=blocks)
+    return Explanation(atoms=atoms, graph=graph, blocks=blocks, notes=(note,) if note else ())
 
 
 def _make_block(attention: AttentionMap, batch: GraphBatch) -> Block:
@@ -200,7 +201,7 @@ def write_explanation(explanation: Explanation, folder: Path, model: str) -> lis
     Returns:
         The files.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     numbers = folder / NUMBERS_NAME
     temporary = numbers.with_name(f".{numbers.name}.tmp")
     with temporary.open("wb") as file:
@@ -310,7 +311,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--charge", type=int, help="total charge in e, where the file does not say it (default: 0)")
     parser.add_argument(
         "--spin", type=int,
-        help="multiplicity or number of unpaired electrons, where the file does not say it (default: lowest)",
+        help="multiplicity or number of unpaired electrons, where the file does not say it (default: none or one unpaired)",
     )  # fmt: skip
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="cpu", help="where to compute (default: cpu)"
@@ -330,13 +331,12 @@ def run(arguments: argparse.Namespace) -> int:
     name = _make_name(path.stem if arguments.index is None else f"{path.stem}-{arguments.index}")
     out: Path = folder / "explain" / name if arguments.out is None else arguments.out
     model = f"{section.name} ({folder.resolve().name})"
-    if out.exists() and not out.is_dir():
-        raise DataError(str(out), "be a folder", "a file", "Give another --out")
+    make_folder(out)
     files = write_explanation(explanation, out, model)
     title = f"{model}, {path.name}: strongest pairs of each block, (a + aᵀ)/2 of the head where it is largest"
     print_table(title, ("", *(str(i + 1) for i in range(NUM_STRONGEST))), make_rows(explanation))
     present = [n for n in ("total_charge", "num_unpaired_electrons") if getattr(explanation.graph, n)]
-    for line in (describe_ignored(section.sees, present), *(f"written {file}" for file in files)):
+    for line in (*explanation.notes, describe_ignored(section.sees, present), *(f"written {file}" for file in files)):
         if line:
             print(line)
     return 0

@@ -1,8 +1,8 @@
 """Weights that others published, as model folders of this package; so far those of SO3LR (10.1021/jacs.5c09558).
 
 The published file is a pickle of plain numpy arrays. It is read with a whitelist of the three numpy names that such a file needs,
-so it cannot run code, and no JAX is needed. Refuses files whose arrays are not exactly those of the model, and options that it
-does not have. Of the settings beside the file only those of the model are kept.
+so it cannot run code, and no JAX is needed. Refuses files whose arrays are not exactly those of the model, and settings that it
+does not have or does not know. Of the settings beside the file only those of the model are kept.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from so3krates_dist.config import So3lrSection, parse_config
 from so3krates_dist.errors import CheckpointError, ConfigError
 from so3krates_dist.files import hash_file
 from so3krates_dist.graph import ELEMENT_SYMBOLS, MAX_ATOMIC_NUMBER, FloatArray
+from so3krates_dist.model.longrange import DISPERSION_SWITCH_WIDTH
 from so3krates_dist.model.potential import ModelStatistics
 from so3krates_dist.model.registry import CONFIG_NAME, WEIGHTS_NAME, build_model, read_model_config, save_model
 from so3krates_dist.model.so3lr import NUM_HEAD_ELEMENTS
@@ -30,6 +31,9 @@ HYPERPARAMETERS_NAME: Final = "hyperparameters.json"
 SO3LR_ELEMENTS: Final = tuple(ELEMENT_SYMBOLS.index(s) for s in ("H", "C", "N", "O", "F", "P", "S", "Cl"))
 """What SO3LR was trained on"""
 SOURCE: Final = "SO3LR, published weights"
+
+RESULTS: Final = ("evaluation", "dynamics", "explain")
+"""Folders that other verbs make beside a model"""
 
 EXAMPLES: Final = """\
 example:
@@ -102,26 +106,41 @@ def _flatten(tree: Any, prefix: str = "") -> "list[tuple[str, FloatArray]]":
     raise ValueError(f"{name} is no array of finite numbers")
 
 
-_FIXED: Final[dict[str, str | bool]] = {
-    "activation_fn": "silu",
-    "cutoff_fn": "phys",
-    "electrostatic_energy_bool": True,
-    "energy_activation_fn": "silu",
-    "energy_learn_atomic_type_scales": True,
-    "energy_learn_atomic_type_shifts": True,
-    "layer_normalization_1": True,
-    "layer_normalization_2": True,
-    "message_normalization": "avg_num_neighbors",
-    "qk_non_linearity": "identity",
-    "radial_basis_fn": "bernstein",
-    "residual_mlp_1": True,
-    "residual_mlp_2": False,
-    "use_charge_embed": True,
-    "use_spin_embed": True,
-    "zbl_repulsion_bool": True,
-    "dispersion_energy_bool": True,
+_FIXED: Final[dict[str, tuple[str | float | bool | None, ...]]] = {
+    "activation_fn": ("silu",),
+    "cutoff_fn": ("phys",),
+    "dispersion_energy_bool": (True,),
+    "dispersion_energy_cutoff_lr_damping": (None, DISPERSION_SWITCH_WIDTH),
+    "electrostatic_energy_bool": (True,),
+    "energy_activation_fn": ("silu",),
+    "energy_learn_atomic_type_scales": (True,),
+    "energy_learn_atomic_type_shifts": (True,),
+    "layer_normalization_1": (True,),
+    "layer_normalization_2": (True,),
+    "message_normalization": ("avg_num_neighbors",),
+    "qk_non_linearity": ("identity",),
+    "radial_basis_fn": ("bernstein",),
+    "residual_mlp_1": (True,),
+    "residual_mlp_2": (False,),
+    "use_charge_embed": (True,),
+    "use_spin_embed": (True,),
+    "zbl_repulsion_bool": (True,),
 }
-"""Settings of the published model that have one meaning here"""
+"""Settings of the published model that have one meaning here, and what they may say"""
+
+_UNITS: Final = {"energy_unit": ("eV",), "length_unit": ("Angstrom",)}
+"""Settings of the training data that the weights depend on"""
+
+_IGNORED: Final = frozenset(
+    {
+        "energy_regression_dim",  # the arrays' shapes tell
+        "input_convention",  # how the authors' program is given a structure
+        "layers_behave_like_identity_fn_at_init",
+        "num_features_head",  # read by nothing
+        "output_is_zero_at_init",
+    }
+)
+"""Settings that a trained model does not depend on"""
 
 _RENAMED: Final = {
     "num_features": "num_features",
@@ -154,9 +173,11 @@ def read_hyperparameters(path: Path) -> tuple[So3lrSection, float | None]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         settings, mean_neighbors = content["model"], float(content["data"]["avg_num_neighbors"])
-        for name, value in _FIXED.items():
-            if settings.get(name, value) != value:
-                raise ValueError(f"model.{name} is {settings[name]!r}")
+        _check_settings("model", settings, _FIXED)
+        _check_settings("data", content["data"], _UNITS)
+        unknown = sorted(set(settings) - set(_FIXED) - set(_RENAMED) - _IGNORED)
+        if unknown:
+            raise ValueError(f"model.{unknown[0]} is unknown here")
         options = {ours: settings[name] for name, ours in _RENAMED.items() if settings.get(name) is not None}
         section = parse_config({"model": {"name": "so3lr", **options}}, str(path)).model
         assert isinstance(section, So3lrSection)
@@ -168,6 +189,12 @@ def read_hyperparameters(path: Path) -> tuple[So3lrSection, float | None]:
             str(path), "describe SO3LR as published", finding, "Take the file that belongs to the weights"
         ) from error
     return section, mean_neighbors
+
+
+def _check_settings(part: str, settings: Mapping[str, Any], allowed: Mapping[str, tuple[Any, ...]]) -> None:
+    for name, values in allowed.items():
+        if name in settings and settings[name] not in values:
+            raise ValueError(f"{part}.{name} is {settings[name]!r}")
 
 
 def list_shapes(section: So3lrSection) -> dict[str, tuple[int, ...]]:
@@ -315,17 +342,24 @@ def import_so3lr(path: Path, folder: Path, mean_neighbors: float | None = None) 
     Args:
         path: The published `params.pkl`, `hyperparameters.json` beside it.
         folder: Where the model goes; new, empty, or with a model that was imported before.
-        mean_neighbors: What attention coefficients are divided by; None takes it from `hyperparameters.json`.
+        mean_neighbors: What attention coefficients are divided by, where no `hyperparameters.json` says it.
 
     Returns:
         The folder.
 
     Raises:
         CheckpointError: A file is missing, damaged or of another model, or the folder holds something else.
-        ConfigError: The mean number of neighbours is not known or not allowed.
+        ConfigError: The mean number of neighbours is not known, not allowed, or not the published one.
     """
     _check_target(folder)
+    if not path.is_file():
+        raise CheckpointError(str(path), "be a file", "no such file", "Give the published params.pkl")
     section, published = read_hyperparameters(path.with_name(HYPERPARAMETERS_NAME))
+    if None not in (published, mean_neighbors) and published != mean_neighbors:
+        raise ConfigError(
+            "--mean-neighbors", f"be what {HYPERPARAMETERS_NAME} beside the weights says, {published}", mean_neighbors,
+            "Leave it out",
+        )  # fmt: skip
     neighbors = published if mean_neighbors is None else mean_neighbors
     if neighbors is None or not 0 < neighbors < math.inf:
         raise ConfigError(
@@ -340,6 +374,7 @@ def import_so3lr(path: Path, folder: Path, mean_neighbors: float | None = None) 
         energy_scale=1.0,
         mean_neighbors=neighbors,
         has_unpaired_electrons=False,
+        charge_signs=(-1, 1),
     )
     with torch.random.fork_rng(devices=()):
         potential = build_model(section, statistics)
@@ -365,12 +400,15 @@ def _check_target(folder: Path) -> None:
     """Raise `CheckpointError` where writing would replace anything but a model that was imported."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
-    names = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else [folder.name]
-    if names == sorted([CONFIG_NAME, WEIGHTS_NAME]) and read_model_config(folder)[2].get("source") == SOURCE:
-        return
-    raise CheckpointError(
-        str(folder), "be new, empty, or hold a model that was imported", ", ".join(names[:3]), "Choose another folder"
-    )
+    names = {p.name for p in folder.iterdir()} if folder.is_dir() else {folder.name}
+    own = {CONFIG_NAME, WEIGHTS_NAME}
+    names -= {name for name in RESULTS if (folder / name).is_dir()}  # they stay as they are
+    is_imported = own <= names and read_model_config(folder)[2].get("source") == SOURCE
+    others = sorted(names - own) if is_imported else sorted(names)
+    if others:
+        got = f"{'also ' if is_imported else ''}{', '.join(others[:3])}"
+        remedy = "Choose another folder" + (", or move that away" if is_imported else "")
+        raise CheckpointError(str(folder), "be new, empty, or hold nothing but a model that was imported", got, remedy)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -391,6 +429,11 @@ def run(arguments: argparse.Namespace) -> int:
     """Import and say what was written."""
     folder = import_so3lr(arguments.params, arguments.out, arguments.mean_neighbors)
     section, statistics, provenance = read_model_config(folder)
+    assert isinstance(section, So3lrSection)
     print(f"{folder}: {section.name}, elements {' '.join(ELEMENT_SYMBOLS[z] for z in statistics.elements)}")
+    print(
+        f"mean number of neighbours {statistics.mean_neighbors:g}; long-range terms end at {section.long_range_cutoff:g} Å,"
+        " a choice of this program where the published settings say null"
+    )
     print(f"licence {provenance['licence']}; cite {provenance['citation']}")
     return 0

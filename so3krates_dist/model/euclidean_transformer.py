@@ -7,16 +7,21 @@ Graph in, one number per atom out; nothing here knows of forces.
 import torch
 from torch import nn
 from torch.nn.functional import silu
-from torch.utils.checkpoint import checkpoint
 
 from so3krates_dist.config import EuclideanTransformerSection, So3lrSection
 from so3krates_dist.graph import MAX_ATOMIC_NUMBER, GraphBatch
 from so3krates_dist.model.attention import EuclideanAttention, PairGeometry
-from so3krates_dist.model.layer import RESIDUAL_MLPS, Exchange, Linear, build_layer_norm
-from so3krates_dist.model.radial import CUTOFF_FUNCTIONS, build_radial_basis
+from so3krates_dist.model.layer import (
+    RESIDUAL_MLPS,
+    AttentionNetwork,
+    Exchange,
+    Linear,
+    build_layer_norm,
+    run_attention,
+)
 from so3krates_dist.model.record import AttentionRecord
 from so3krates_dist.model.repulsion import NuclearRepulsion, share_pair_energies
-from so3krates_dist.model.spherical import DegreeMaps, SphericalHarmonics
+from so3krates_dist.model.spherical import DegreeMaps
 
 
 class EuclideanLayer(nn.Module):
@@ -27,12 +32,13 @@ class EuclideanLayer(nn.Module):
     ) -> None:
         super().__init__()
         features = section.num_features
+        widths = section.radial_filter_width or features, section.spherical_filter_width or max(features // 4, 1)
         self.attention = EuclideanAttention(
             features,
             section.num_heads,
             maps,
             num_radial_basis=section.num_radial_basis,
-            filter_widths=(section.radial_filter_width or features, section.spherical_filter_width or features // 4),
+            filter_widths=widths,
             message_scale=mean_neighbors if section.message_scale == "mean_neighbors" else None,
             low_precision=section.precision == "bf16",
         )
@@ -65,12 +71,9 @@ class EuclideanLayer(nn.Module):
             record: Keeps the attention coefficients.
         """
         normed = self.pre_attention_norm(inv_features)
-        if recompute:
-            inv_messages, ev_messages = checkpoint(
-                self.attention, normed, ev_features, pairs, use_reentrant=False, preserve_rng_state=True
-            )
-        else:
-            inv_messages, ev_messages = self.attention(normed, ev_features, pairs, record)
+        inv_messages, ev_messages = run_attention(
+            self.attention, normed, ev_features, pairs, recompute=recompute, record=record
+        )
         inv_features = self.inner_mlp(self.post_attention_norm(inv_features + inv_messages))
         ev_features = ev_messages if ev_features is None else ev_features + ev_messages
         inv_change, ev_change = self.exchange(self.pre_exchange_norm(inv_features), ev_features)
@@ -78,7 +81,7 @@ class EuclideanLayer(nn.Module):
         return inv_features, ev_features + ev_change
 
 
-class EuclideanBackbone(nn.Module):
+class EuclideanBackbone(AttentionNetwork):
     """From structures to features of their atoms; what the Euclidean transformer and SO3LR have in common.
 
     Args:
@@ -87,25 +90,14 @@ class EuclideanBackbone(nn.Module):
         num_embeddings: Rows of the element table.
     """
 
-    uses_positions = False
-    """whether energies depend on positions and cell other than through the pair vectors"""
-
     def __init__(
         self,
         section: EuclideanTransformerSection | So3lrSection,
         mean_neighbors: float,
         num_embeddings: int = MAX_ATOMIC_NUMBER + 1,
     ) -> None:
-        super().__init__()
-        self.cutoff, self.reach, self.sees = section.cutoff, section.reach, section.sees
+        super().__init__(section, num_embeddings)
         self.sphc_normalization = section.sphc_normalization
-        self.checkpoint_attention = False
-        self.compute_envelope = CUTOFF_FUNCTIONS[section.cutoff_function]
-        self.radial_basis = build_radial_basis(section.radial_basis, section.num_radial_basis, section.cutoff)
-        self.harmonics = SphericalHarmonics(section.degrees)
-        self.maps = DegreeMaps(section.degrees)
-        self.embedding = nn.Embedding(num_embeddings, section.num_features)
-        nn.init.normal_(self.embedding.weight, std=section.num_features**-0.5)
         self.layers = nn.ModuleList(
             EuclideanLayer(section, self.maps, mean_neighbors) for _ in range(section.num_layers)
         )
@@ -128,12 +120,7 @@ class EuclideanBackbone(nn.Module):
         """
         pairs = self._build_pairs(batch, vectors[: batch.num_short_pairs])
         inv_features = self.embed(batch)
-        ev_features = self._start_ev_features(inv_features, pairs)
-        recompute = self.checkpoint_attention and torch.is_grad_enabled() and record is None
-        for number, layer in enumerate(self.layers):
-            if record is not None:
-                record.layer = number
-            inv_features, ev_features = layer(inv_features, ev_features, pairs, recompute=recompute, record=record)
+        inv_features = self.run_layers(inv_features, self._start_ev_features(inv_features, pairs), pairs, record)
         return self.final_norm(inv_features), pairs
 
     def _start_ev_features(self, inv_features: torch.Tensor, pairs: PairGeometry) -> torch.Tensor | None:

@@ -1,15 +1,15 @@
-"""Electrostatics of periodic structures by Ewald's method or particle-mesh Ewald (the extra `longrange`).
+"""Electrostatics without cutoff: of periodic structures by Ewald's method or particle-mesh Ewald (the extra `longrange`).
 
-Two interactions: the damped one of SO3LR, erf(r / sigma) / r, which is a sum over reciprocal space alone (`ReciprocalCoulomb`), and
-point charges, 1 / r, whose sharp part is summed over pairs (`compute_point_charge_energies`). torch-pme gives the kernels and
-the interpolation on meshes; this file is its only importer. The sums are ours: torch-pme's raise where a charge is nan (one rank
-would leave the others waiting), have no second derivative by the cell at k = 0 (PME), or go through twice the vectors that are
-needed (Ewald). Energies have first and second derivatives by positions, cell and charges. Errors at SO3LR's damping, in random
-cells from 6 to 20 Å with charges of 1 e: Ewald 6e-12 of the largest atom's energy, 1e-10 eV/Å; PME 7e-8 and 6e-6 eV/Å. PME is
-not invariant to translations within these errors, its net force is not zero, its forces jump by as much where an atom
-passes a point of the mesh, and its energy where a change of the cell changes the number of points; at a fixed cell energies are
-continuous. Refuses structures that are periodic along one or two directions.
-P3M is not offered: its second derivatives by the cell are nan.
+Two interactions: the damped one of SO3LR, erf(r / sigma) / r, which is a sum over reciprocal space alone (`ReciprocalCoulomb`; in
+molecules over all pairs), and point charges, 1 / r, whose sharp part is summed over pairs (`compute_point_charge_energies`).
+torch-pme gives the kernels and the interpolation on meshes; this file is its only importer. The sums are ours: torch-pme's raise
+where a charge is nan (one rank would leave the others waiting), have no second derivative by the cell at k = 0 (PME), or go
+through twice the vectors that are needed (Ewald). Energies have first and second derivatives by positions, cell and charges.
+Errors at SO3LR's damping, in random cells from 6 to 20 Å with charges of 1 e: Ewald 6e-12 of the largest atom's energy, 1e-10
+eV/Å; PME 7e-8 and 6e-6 eV/Å. PME is not invariant to translations within these errors, its net force is not zero, its forces jump
+by as much where an atom passes a point of the mesh, and its energy where a change of the cell changes the number of points; at a
+fixed cell energies are continuous. Refuses structures that are periodic along one or two directions. P3M is not offered: its
+second derivatives by the cell are nan.
 """
 
 import math
@@ -19,27 +19,25 @@ from typing import Any, Final, Literal
 import torch
 from torch import nn
 
+from so3krates_dist.config.models import EWALD_TRUNCATION, MESH_POINTS_PER_WIDTH
 from so3krates_dist.errors import ConfigError
-from so3krates_dist.graph import GraphBatch, check_periodicity
+from so3krates_dist.graph import GraphBatch, check_images
 from so3krates_dist.units import CODATA_2014_COULOMB_EV_ANGSTROM
 
 Method = Literal["ewald", "pme"]
 
-TRUNCATION: Final = 7.0
-"""Both sums of Gaussian tails end where the argument is this many widths; what is left out is erfc(7 / sqrt(2)) = 3e-12"""
-MESH_POINTS_PER_WIDTH: Final = 10.0
-"""Mesh points along the width of a Gaussian"""
 INTERPOLATION_NODES: Final = 6
 """Even: with an odd number of nodes the interpolated energy jumps where an atom changes to the next mesh point"""
 
 
 class ReciprocalCoulomb(nn.Module):
-    """Coulomb energy of damped charges in periodic structures, all periodic images and all pairs.
+    """Coulomb energy of damped charges without a cutoff: all periodic images of a crystal, all pairs of a molecule.
 
     erf(r / sigma) / r has the Fourier transform 4 pi / k^2 exp(-sigma^2 k^2 / 4): Ewald's long-range part for Gaussians of width
     sigma / sqrt(2) (P. P. Ewald, Ann. Phys. 369, 253 (1921), 10.1002/andp.19213690304). The energy is that sum over k != 0, less
     each charge's interaction with itself, q^2 / (sqrt(pi) sigma). A structure with a net charge is taken with a uniform
-    background that makes it neutral and interacts in the same damped way; all that it does is cancel k = 0.
+    background that makes it neutral and interacts in the same damped way; all that it does is cancel k = 0. A neutral molecule's
+    energy is that of the same molecule in a growing cell.
 
     Args:
         method: ewald: direct sum, for up to some thousand atoms; pme: on a mesh (Darden, York and Pedersen,
@@ -63,13 +61,14 @@ class ReciprocalCoulomb(nn.Module):
             charges: (num_atoms,) e.
 
         Returns:
-            (num_atoms,) eV; zero for atoms of molecules.
+            (num_atoms,) eV.
 
         Raises:
             DataError: A structure is periodic along one or two directions only.
         """
         kernel = _make_kernel(self.method, self.damping / math.sqrt(2))
-        return charges / 2 * _compute_potentials(batch, charges, self.method, kernel)
+        images = _compute_potentials(batch, charges, self.method, kernel)
+        return charges / 2 * (images + _sum_molecules(batch, charges, self.damping))
 
 
 def compute_point_charge_energies(
@@ -95,7 +94,7 @@ def compute_point_charge_energies(
         ConfigError: torch-pme is not installed.
         DataError: A structure is periodic along one or two directions only.
     """
-    width = cutoff / TRUNCATION
+    width = cutoff / EWALD_TRUNCATION
     kernel = _make_kernel(method, width)
     potentials = _compute_potentials(batch, charges, method, kernel)
     if batch.cell is None or batch.pbc is None:
@@ -137,7 +136,7 @@ def _compute_potentials(batch: GraphBatch, charges: torch.Tensor, method: Method
     potentials = []
     structures = zip(torch.split(batch.positions, counts), torch.split(charges, counts), strict=True)
     for graph, ((positions, values), pbc) in enumerate(zip(structures, batch.pbc.cpu().numpy(), strict=True)):
-        check_periodicity(pbc, f"structure {graph} of the batch")
+        check_images(pbc, None, 0.0, f"structure {graph} of the batch")
         if pbc.any():
             cell = batch.cell[graph]
             total = sum_images(positions, cell, values, kernel, width) / torch.linalg.det(cell).abs()
@@ -147,11 +146,27 @@ def _compute_potentials(batch: GraphBatch, charges: torch.Tensor, method: Method
     return torch.cat(potentials)
 
 
+def _sum_molecules(batch: GraphBatch, charges: torch.Tensor, damping: float) -> torch.Tensor:
+    """Return (num_atoms,) V: the sum of erf(r / sigma) q_j / r over all other atoms of each molecule, zero in crystals."""
+    counts = batch.num_atoms if batch.pbc is None else torch.where(batch.pbc.any(1), 0, batch.num_atoms)
+    counts = counts[batch.graph_index]  # rows of each atom
+    first = torch.repeat_interleave(counts)
+    starts = (batch.num_atoms.cumsum(0) - batch.num_atoms)[batch.graph_index]
+    second = torch.arange(len(first), device=first.device) - (counts.cumsum(0) - counts - starts)[first]
+    # Each pair once; atoms do not interact with themselves, whose distance has no derivative.
+    once = first < second
+    first, second = first[once], second[once]
+    distances = torch.linalg.vector_norm(batch.positions[second] - batch.positions[first], dim=1)
+    values = CODATA_2014_COULOMB_EV_ANGSTROM * torch.erf(distances / damping) / distances
+    potentials = torch.zeros_like(charges).index_add(0, first, values * charges[second])
+    return potentials.index_add(0, second, values * charges[first])
+
+
 def _sum_ewald(
     positions: torch.Tensor, cell: torch.Tensor, charges: torch.Tensor, kernel: Any, width: float
 ) -> torch.Tensor:
-    """Return (num_atoms,) the sum over k != 0 of kernel(k) cos(k (r_i - r_j)) q_j, with k up to `TRUNCATION` over the width."""
-    limit = TRUNCATION / width
+    """Return (num_atoms,) the sum over k != 0 of kernel(k) cos(k (r_i - r_j)) q_j, k up to `EWALD_TRUNCATION` over the width."""
+    limit = EWALD_TRUNCATION / width
     lengths = torch.linalg.vector_norm(cell.detach(), dim=1).tolist()
     ranges = [torch.arange(-n, n + 1) for n in (math.ceil(limit * length / (2 * math.pi)) for length in lengths)]
     grid = torch.cartesian_prod(*ranges).to(cell)

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from so3krates_dist.config import GeomAttEnvelopeSection, GeomAttSection
 from so3krates_dist.graph import MAX_ATOMIC_NUMBER, GraphBatch
+from so3krates_dist.model.constants import ConstantsModule
 from so3krates_dist.model.geomatt_paths import AttentionPath, MatrixPath, PairRows, choose_path
 from so3krates_dist.model.record import AttentionRecord
 
@@ -48,7 +49,7 @@ def compute_smooth_envelope(distances: torch.Tensor, cutoff: float) -> torch.Ten
     return torch.where(inside, torch.exp(-safe / (1 - safe)), 0.0)
 
 
-class GaussianGrid(nn.Module):
+class GaussianGrid(ConstantsModule):
     """Gaussians exp(-gamma (d - mu_m)²) at mu_m = start + m spacing; the grid's end carries none.
 
     Args:
@@ -208,14 +209,13 @@ class _GeomAtt(nn.Module):
     def _record(self, record: AttentionRecord, matrices: MatrixPath, weights: list[torch.Tensor]) -> None:
         """Keep alpha of every order for all ordered pairs of atoms, layer by layer; images of one pair are summed."""
         receivers, senders = matrices.list_pairs()
-        alphas = [
-            stream.scale * matrices.compute_alpha(factors, stream.num_steps)
-            for stream, factors in zip(self._list_streams(), matrices.expand(weights), strict=True)
-        ]
-        for layer in range(len(alphas[0])):
+        for layer in range(len(weights[0])):
             record.layer = layer
-            for stream, alpha in zip(self._list_streams(), alphas, strict=True):
-                values = alpha[layer][matrices.is_pair][:, None]
+            for stream, folded in zip(self._list_streams(), weights, strict=True):
+                # One order of one layer at a time: all pairs times all channels is what fills the memory.
+                (factors,) = matrices.expand([folded[layer : layer + 1]])
+                alpha = stream.scale * matrices.compute_alpha(factors, stream.num_steps)[0]
+                values = alpha[matrices.is_pair][:, None]
                 record.add(f"order {stream.order}", ("attention",), receivers, senders, values)
 
     def _expand_pairs(self, batch: GraphBatch, vectors: torch.Tensor) -> PairRows:

@@ -10,6 +10,7 @@ and the constant acts on the sum of a molecule's features, so that the cost grow
 
 import abc
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final, cast
 
@@ -147,7 +148,7 @@ class MatrixPath(AttentionPath):
         """Form alpha, or apply one factor after the other where that is less arithmetic."""
         if num_steps > 1 and self.shape[1] * (num_steps - 1) > num_steps * width:
             return [lambda values, layer=layer: _apply_chain(layer, num_steps, values) for layer in factors]  # type: ignore[misc]
-        return [lambda values, alpha=alpha: alpha @ values for alpha in self.compute_alpha(factors, num_steps)]  # type: ignore[misc]
+        return [functools.partial(torch.matmul, alpha) for alpha in self.compute_alpha(factors, num_steps)]
 
     def compute_alpha(self, factors: torch.Tensor, num_steps: int) -> torch.Tensor:
         """Return (layers, num_graphs, largest, largest): sum over channels of A^1 A^2 ... (arXiv 2106.02549)."""

@@ -1,17 +1,21 @@
-"""What layers are made of besides attention: initial values, linear maps, normalisation, per-atom networks, exchange.
+"""What networks with attention have in common, and what their layers are made of besides attention.
 
 Sources: Euclidean transformer (arXiv 2309.15126), SO3LR (10.1021/jacs.5c09558).
 """
 
 import math
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import nn
 from torch.nn.functional import silu
+from torch.utils.checkpoint import checkpoint
 
-from so3krates_dist.model.spherical import DegreeMaps
+from so3krates_dist.config import EuclideanTransformerSection, So3kratesSection, So3lrSection
+from so3krates_dist.model.radial import CUTOFF_FUNCTIONS, build_radial_basis
+from so3krates_dist.model.record import AttentionRecord
+from so3krates_dist.model.spherical import DegreeMaps, SphericalHarmonics
 
 LAYER_NORM_EPSILON: Final = 1e-6
 """the papers' value; torch's default 1e-5 moves forces of the published SO3LR by up to 1.1 meV/Å"""
@@ -109,3 +113,65 @@ class Exchange(nn.Module):
         mixed = self.linear(torch.cat([normed, self.maps.compute_invariants(ev_features)], dim=-1))
         change, factors = mixed.split([self.num_features, mixed.shape[-1] - self.num_features], dim=-1)
         return change, self.maps.repeat(factors) * ev_features
+
+
+def run_attention(
+    attention: nn.Module, *inputs: Any, recompute: bool, record: AttentionRecord | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the messages of an attention block to the features and to the Euclidean variables.
+
+    Args:
+        attention: The block.
+        inputs: What it takes before the record.
+        recompute: Compute the block again in the backward pass instead of keeping its values.
+        record: Keeps the attention coefficients.
+    """
+    if recompute:
+        inv_messages, ev_messages = checkpoint(attention, *inputs, use_reentrant=False, preserve_rng_state=True)
+    else:
+        inv_messages, ev_messages = attention(*inputs, record)
+    return inv_messages, ev_messages
+
+
+class AttentionNetwork(nn.Module):
+    """What So3krates and the Euclidean transformer have in common: geometry of the pairs, element table, layer after layer.
+
+    Args:
+        section: Sizes and options.
+        num_embeddings: Rows of the element table.
+    """
+
+    uses_positions = False
+    """whether energies depend on positions and cell other than through the pair vectors"""
+    layers: nn.ModuleList
+
+    def __init__(
+        self, section: So3kratesSection | EuclideanTransformerSection | So3lrSection, num_embeddings: int
+    ) -> None:
+        super().__init__()
+        self.cutoff, self.reach, self.sees = section.cutoff, section.reach, section.sees
+        self.checkpoint_attention = False
+        self.compute_envelope = CUTOFF_FUNCTIONS[section.cutoff_function]
+        self.radial_basis = build_radial_basis(section.radial_basis, section.num_radial_basis, section.cutoff)
+        self.harmonics = SphericalHarmonics(section.degrees)
+        self.maps = DegreeMaps(section.degrees)
+        self.embedding = nn.Embedding(num_embeddings, section.num_features)
+        nn.init.normal_(self.embedding.weight, std=section.num_features**-0.5)
+
+    def run_layers(
+        self, inv_features: torch.Tensor, ev_features: torch.Tensor | None, pairs: Any, record: AttentionRecord | None
+    ) -> torch.Tensor:
+        """Return the last features (num_atoms, F).
+
+        Args:
+            inv_features: (num_atoms, F) first features.
+            ev_features: (num_atoms, ev_dim) first Euclidean variables; None stands for zero where the layers take that.
+            pairs: Geometry of the pairs, as the layers take it.
+            record: Keeps the attention coefficients.
+        """
+        recompute = self.checkpoint_attention and torch.is_grad_enabled() and record is None
+        for number, layer in enumerate(self.layers):
+            if record is not None:
+                record.layer = number
+            inv_features, ev_features = layer(inv_features, ev_features, pairs, recompute=recompute, record=record)
+        return inv_features

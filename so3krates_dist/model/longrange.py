@@ -4,10 +4,11 @@ All are sums over undirected pairs, each once, and functions of the distance wit
 """
 
 import math
-from typing import Any, Final
+from typing import Final
 
 import torch
 
+from so3krates_dist.model.constants import ConstantsModule
 from so3krates_dist.model.repulsion import compute_switch
 from so3krates_dist.units import (
     CODATA_2014_BOHR_ANGSTROM,
@@ -123,7 +124,7 @@ def compute_electrostatics(
     return CODATA_2014_COULOMB_EV_ANGSTROM * charge_products * potential
 
 
-class Dispersion(torch.nn.Module):
+class Dispersion(ConstantsModule):
     """vdW-QDO dispersion (10.1021/acs.jctc.3c00797), damped as in SO3LR; it has no trained parameters.
 
     E = -[C6 / (R^6 + p^6) + C8 / (R^8 + p^8) + C10 / (R^10 + p^10)] in atomic units, p = 5.08 times the damping factor times
@@ -144,14 +145,6 @@ class Dispersion(torch.nn.Module):
         for name, values in (("polarizabilities", _FREE_POLARIZABILITIES), ("c6", _FREE_C6)):
             # Row 0 stands for no element; models with dispersion are refused for elements beyond the tables.
             self.register_buffer(name, torch.tensor((1.0, *values), dtype=torch.float64), persistent=False)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> "Dispersion":
-        """Keep the tables in float64 whatever the rest is converted to; they move between devices like the rest."""
-        tables = {"polarizabilities": self.polarizabilities, "c6": self.c6}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, table in tables.items():
-            setattr(self, name, table.to(getattr(self, name).device))
-        return self
 
     def forward(
         self,

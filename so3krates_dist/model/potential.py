@@ -10,13 +10,21 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final, Protocol, cast
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import nn
 
 from so3krates_dist.config import ModelSection
 from so3krates_dist.errors import ConfigError, DataError
-from so3krates_dist.graph import ELEMENT_SYMBOLS, MAX_ATOMIC_NUMBER, Graph, GraphBatch, check_box, check_periodicity
+from so3krates_dist.graph import (
+    ELEMENT_SYMBOLS,
+    MAX_ATOMIC_NUMBER,
+    BoolArray,
+    FloatArray,
+    Graph,
+    GraphBatch,
+    check_box,
+)
+from so3krates_dist.model.constants import ConstantsModule
 from so3krates_dist.model.record import AttentionMap, AttentionRecord
 
 
@@ -35,6 +43,8 @@ class ModelStatistics:
 
     has_unpaired_electrons: bool = False
     """whether structures with unpaired electrons are among the data; where not, what a model makes of them is random"""
+    charge_signs: tuple[int, ...] | None = None
+    """signs, -1 and 1, of the charged structures among the data, as for unpaired electrons; None: not known"""
 
     @classmethod
     def from_manifest(cls, statistics: Mapping[str, Any], section: ModelSection) -> "ModelStatistics":
@@ -46,7 +56,13 @@ class ModelStatistics:
 
         Raises:
             ConfigError: The model's cutoff lies outside the distances up to which neighbours were counted.
+            DataError: The model sees unpaired electrons, and the manifest does not say whether there are some.
         """
+        if "num_unpaired_electrons" in section.sees and "num_unpaired_electrons" not in statistics:
+            raise DataError(
+                "statistics of the data set", "count unpaired electrons for a model that sees them", "no count",
+                "Convert the data again",
+            )  # fmt: skip
         counts = sorted((float(k), float(v)) for k, v in statistics["mean_neighbors"].items())
         if section.uses_mean_neighbors and not counts[0][0] <= section.cutoff <= counts[-1][0]:
             rule = f"be from {counts[0][0]:g} to {counts[-1][0]:g} Å, where the data's neighbours are counted"
@@ -59,13 +75,15 @@ class ModelStatistics:
             energy_baselines={int(z): float(e) for z, e in statistics["energy_baselines"].items()},
             energy_scale=float(scale),
             mean_neighbors=max(neighbors, 1.0),
-            has_unpaired_electrons=bool(set(statistics.get("num_unpaired_electrons", {})) - {"0"}),
+            has_unpaired_electrons=any(float(n) for n in statistics.get("num_unpaired_electrons", {})),
+            charge_signs=find_signs(map(float, statistics["total_charges"])) if "total_charges" in statistics else None,
         )
 
     def to_json(self) -> dict[str, Any]:
         """Return what `from_json` reads."""
         plain = dataclasses.asdict(self)
         plain["elements"] = list(self.elements)
+        plain["charge_signs"] = None if self.charge_signs is None else list(self.charge_signs)
         plain["energy_baselines"] = {str(z): e for z, e in self.energy_baselines.items()}
         return plain
 
@@ -77,7 +95,7 @@ class ModelStatistics:
             ValueError: A value is missing, unknown, of the wrong kind or out of range; the message names it.
         """
         if isinstance(content, Mapping):
-            content = {"has_unpaired_electrons": False, **content}  # models of version 0.2 and before do not say
+            content = {"has_unpaired_electrons": False, "charge_signs": None, **content}  # older models do not say
         if not isinstance(content, Mapping) or set(content) != set(_READERS):
             raise ValueError(f"statistics has {list(content)}, not {list(_READERS)}")
         values = {}
@@ -107,8 +125,14 @@ _READERS: Final[dict[str, Callable[[Any], Any]]] = {
     "energy_scale": lambda value: _read_number(value, 0),
     "mean_neighbors": lambda value: _read_number(value, 0),
     "has_unpaired_electrons": lambda value: {True: True, False: False}[value],
+    "charge_signs": lambda value: None if value is None else tuple({-1: -1, 1: 1}[sign] for sign in value),
 }
 """How each field of `ModelStatistics` is read from a file that may be damaged."""
+
+
+def find_signs(charges: Iterable[float]) -> tuple[int, ...]:
+    """Return which of -1 and 1 are signs of charges; zeros have none."""
+    return tuple(sorted({-1 if charge < 0 else 1 for charge in charges if charge}))
 
 
 def check_elements(atomic_numbers: Iterable[int], elements: Iterable[int], where: str) -> None:
@@ -137,9 +161,25 @@ def check_unpaired_electrons(sees: frozenset[str], statistics: ModelStatistics, 
     """
     if "num_unpaired_electrons" in sees and not statistics.has_unpaired_electrons:
         rule = "have no unpaired electrons: the model's embedding of their number was never trained"
-        raise DataError(
-            where, rule, "some", 'Take another model; in ASE, atoms.info["spin"] = 0 treats it as a closed shell'
-        )
+        raise DataError(where, rule, "some", "Take another model, or state a spin of 0 to treat it as a closed shell")
+
+
+def check_charges(sees: frozenset[str], statistics: ModelStatistics, charges: Iterable[float], where: str) -> None:
+    """Raise `DataError` for charges of a sign that the model's data had none of: what it makes of them was never trained.
+
+    Args:
+        sees: Of the model.
+        statistics: Of the model.
+        charges: e, of structures.
+        where: File or molecule, for the message.
+    """
+    if "total_charge" not in sees or statistics.charge_signs is None:
+        return
+    unseen = set(find_signs(charges)) - set(statistics.charge_signs)
+    if unseen:
+        word = "negative" if -1 in unseen else "positive"
+        rule = f"have no {word} charge: the model saw no structure with one in training"
+        raise DataError(where, rule, "some", "Take another model, or train one on data with such ions")
 
 
 def describe_ignored(sees: frozenset[str], present: Iterable[str]) -> str:
@@ -152,6 +192,10 @@ def describe_ignored(sees: frozenset[str], present: Iterable[str]) -> str:
     words = {"total_charge": "total charges", "num_unpaired_electrons": "unpaired electrons"}
     ignored = [text for name, text in words.items() if name in present and name not in sees]
     return f"there are {' and '.join(ignored)}, which this model does not see" if ignored else ""
+
+
+CHARGED_CRYSTALS: Final = "charged_crystals"
+"""What `Potential.describe_limits` is told of structures that are periodic and have a charge"""
 
 
 class Network(Protocol):
@@ -185,7 +229,7 @@ class Network(Protocol):
         ...
 
 
-class Potential(nn.Module):
+class Potential(ConstantsModule):
     """A potential energy surface: batch in, energy, forces, stress and the network's other outputs out.
 
     This is the module that the training engine wraps: forces are taken inside `forward`, because differentiating the
@@ -209,13 +253,6 @@ class Potential(nn.Module):
             baselines[atomic_number] = energy
         self.register_buffer("energy_baselines", baselines, persistent=False)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> "Potential":
-        """Keep the baselines in float64 whatever the rest is converted to; they move between devices like the rest."""
-        baselines = self.energy_baselines
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.energy_baselines = baselines.to(self.energy_baselines.device)
-        return self
-
     @property
     def cutoffs(self) -> tuple[float, float]:
         """Distances in Å within which atoms are neighbours, and up to which pairs go."""
@@ -228,23 +265,50 @@ class Potential(nn.Module):
         return cast(Network, self.network)
 
     def check_structure(self, graph: Graph) -> None:
-        """Raise `DataError` where the model means nothing for a structure: elements, periodic directions, unpaired electrons."""
+        """Raise `DataError` where the model means nothing for a structure: elements, periodic directions, electrons."""
         where = graph.group or "structure"
         check_elements(graph.atomic_numbers.tolist(), self.elements, where)
-        self.check_box(graph.pbc, where)
-        if graph.num_unpaired_electrons:
-            check_unpaired_electrons(self.as_network.sees, self.statistics, where)
+        self.check_box(graph.pbc, graph.cell, where)
+        self.check_electrons([graph.total_charge], bool(graph.num_unpaired_electrons), where)
 
-    def check_box(self, pbc: npt.NDArray[np.bool_] | None, where: str) -> None:
-        """Raise `DataError` where the model cannot be used for a structure because of its periodic directions.
+    def check_box(self, pbc: BoolArray | None, cell: FloatArray | None, where: str) -> None:
+        """Raise `DataError` where the model cannot be used for a structure because of its periodic directions or its cell.
 
         Args:
             pbc: (3,) whether the structure repeats along each lattice vector; None for a molecule.
+            cell: (3, 3) Å; None where it is not known.
             where: File or structure, for the message.
         """
-        check_box(pbc, self.as_network.sees, self.cutoffs[1], where)
-        if getattr(self.section, "electrostatics", "") in ("ewald", "pme"):
-            check_periodicity(pbc, where)
+        density = 0.0 if self.section is None else self.section.image_density
+        check_box(pbc, cell, where, sees=self.as_network.sees, reach=self.cutoffs[1], image_density=density)
+
+    def check_electrons(self, charges: Iterable[float], has_unpaired: bool, where: str) -> None:
+        """Raise `DataError` for charges and unpaired electrons of a kind that the model was never trained on.
+
+        Args:
+            charges: e, of structures.
+            has_unpaired: Whether one of them has unpaired electrons.
+            where: File or structure, for the message.
+        """
+        check_charges(self.as_network.sees, self.statistics, charges, where)
+        if has_unpaired:
+            check_unpaired_electrons(self.as_network.sees, self.statistics, where)
+
+    def describe_limits(self, present: Iterable[str]) -> list[str]:
+        """Return lines about what structures have and the model ignores, or depends on in a way that has no meaning.
+
+        Args:
+            present: Which of `total_charge` and `num_unpaired_electrons` are not zero somewhere, and `CHARGED_CRYSTALS` where there
+                are some.
+        """
+        present = set(present)
+        lines = [describe_ignored(self.as_network.sees, present)]
+        if CHARGED_CRYSTALS in present and self.section is not None and self.section.cuts_electrostatics:
+            lines.append(
+                "there are charged periodic structures, whose energies depend on where this model's electrostatics is cut off;"
+                " model.electrostatics=ewald has no cutoff"
+            )
+        return [line for line in lines if line]
 
     @property
     def outputs(self) -> frozenset[str]:

@@ -1,7 +1,6 @@
 """Functions of the distance: radial bases and cutoff functions, smooth where the science needs it.
 
-Formulas: arXiv 2205.14276, arXiv 2309.15126 and the SO3LR
-publication (10.1021/jacs.5c09558).
+Formulas: arXiv 2205.14276, arXiv 2309.15126 and the SO3LR publication (10.1021/jacs.5c09558).
 """
 
 import math
@@ -10,6 +9,8 @@ from typing import Final
 
 import torch
 from torch import nn
+
+from so3krates_dist.model.constants import ConstantsModule
 
 BERNSTEIN_DECAY: Final = 0.9448630809783936
 """1/Å; half an inverse Bohr radius, 0.944863062918464, in single precision as in the authors' code for SO3LR"""
@@ -46,8 +47,8 @@ CUTOFF_FUNCTIONS: Final[dict[str, Callable[[torch.Tensor, float], torch.Tensor]]
 }
 
 
-class PhysNetBasis(nn.Module):
-    """Gaussians in exp(-d): exp(-beta (exp(-d) - mu_k)^2), mu from exp(-cutoff) to 1 (PhysNet; models A and B).
+class PhysNetBasis(ConstantsModule):
+    """Gaussians in exp(-d): exp(-beta (exp(-d) - mu_k)^2), mu from exp(-cutoff) to 1 (PhysNet, 10.1021/acs.jctc.9b00181).
 
     Args:
         num_basis: K, functions in the basis.
@@ -68,7 +69,7 @@ class PhysNetBasis(nn.Module):
         return torch.exp(-self.beta * deviation * deviation)
 
 
-class BernsteinBasis(nn.Module):
+class BernsteinBasis(ConstantsModule):
     """Bernstein polynomials in X = exp(-gamma d): C(K-1, k) X^k (1 - X)^(K-1-k), which add up to one (SO3LR).
 
     Evaluated through logarithms, with -expm1(-gamma d) for 1 - X, so that neither short nor long distances underflow; k = 0

@@ -4,8 +4,10 @@ A stored model is a folder with `model.safetensors` (weights; no pickle) and `co
 provenance). Refuses formats newer than it understands and weights that do not fit the configuration.
 """
 
+import copy
 import dataclasses
 import json
+import math
 import textwrap
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -26,11 +28,14 @@ from so3krates_dist.model.potential import ModelStatistics, Potential
 from so3krates_dist.model.so3krates import So3krates
 from so3krates_dist.model.so3lr import So3lr
 
-FORMAT: Final = 1
-"""Version of stored models; a reader refuses a higher one."""
+FORMAT: Final = 2
+"""Version of stored models; a reader refuses a higher one. 2: more models than one, and `statistics.has_unpaired_electrons`."""
 
 WEIGHTS_NAME: Final = "model.safetensors"
 CONFIG_NAME: Final = "config.json"
+
+CHANGEABLE: Final = ("long_range_cutoff", "electrostatics", "algorithm", "precision")
+"""Options that may be set otherwise in a trained model: its weights mean the same with them"""
 
 NETWORKS: Final[dict[str, Callable[[Any, float], nn.Module]]] = {
     "so3krates": So3krates,
@@ -124,17 +129,14 @@ def load_model(
         path: A run folder, or any folder that `save_model` wrote.
         device: Where to compute.
         dtype: Floating-point type to compute in.
-        changes: Options of the model's section that are set otherwise, e.g. `long_range_cutoff`; none that its weights depend on.
+        changes: Those of `CHANGEABLE` among the model's options that are set otherwise.
 
     Raises:
-        ConfigError: The model has no such option, or the value is not allowed.
+        ConfigError: The model has no such option, it may not change, or the value is not allowed or has no effect.
         CheckpointError: The files are missing, damaged, newer than this package, or do not fit each other.
     """
     folder = Path(path)
     section, statistics, _ = read_model_config(folder)
-    section = _change(
-        section, {"precision": "float32"} if hasattr(section, "precision") else {}
-    )  # bf16 is no smooth energy
     section = _change(section, changes or {})
     with torch.random.fork_rng(devices=()):  # initial weights, overwritten below, must not move the caller's seed
         potential = build_model(section, statistics)
@@ -152,32 +154,45 @@ def load_model(
 def change_model(
     potential: Potential, changes: Mapping[str, Any], *, device: torch.device | str, dtype: torch.dtype
 ) -> Potential:
-    """Return a copy of a model with some options set otherwise, none that its weights depend on.
+    """Return a copy of a model for use, as `load_model` would: evaluation mode, weights frozen, options set otherwise.
 
     Args:
-        potential: From `build_model` or `load_model`; it is left as it is.
-        changes: Options of its section.
+        potential: It is left as it is.
+        changes: As for `load_model`.
         device: Of the copy.
         dtype: Of the copy.
 
     Raises:
-        ConfigError: The model has no such option, or the value is not allowed.
+        ConfigError: The model has no such option, it may not change, or the value is not allowed or has no effect.
     """
-    if potential.section is None:
+    if potential.section is not None:
+        with torch.random.fork_rng(devices=()):
+            changed = build_model(_change(potential.section, changes), potential.statistics).to(dtype=dtype)
+        changed.load_state_dict(potential.state_dict())
+    elif changes:
         option = next(iter(changes))
         raise ConfigError(f"model.{option}", "be an option of the model", "one without configuration", "Leave it out")
-    with torch.random.fork_rng(devices=()):
-        changed = build_model(_change(potential.section, changes), potential.statistics)
-    changed = changed.to(device=device, dtype=dtype)  # from new tables: those of a float32 model are rounded
-    changed.load_state_dict(potential.state_dict())
-    return changed.train(potential.training)
+    else:
+        changed = copy.deepcopy(potential)
+    return changed.to(device=device, dtype=dtype).eval().requires_grad_(False)
 
 
 def _change(section: ModelSection, changes: Mapping[str, Any]) -> ModelSection:
+    """Return the section of a model for use, in float32 where its section says bf16: that is no smooth energy."""
     names = {field.name for field in dataclasses.fields(section)}
-    for name in changes:
+    for name, value in changes.items():
         if name not in names:
             raise ConfigError(
                 f"model.{name}", f"be an option of model.name={section.name}", "no such option", "Leave it out"
             )
-    return dataclasses.replace(section, **changes)
+        if name not in CHANGEABLE:
+            others = ", ".join(n for n in CHANGEABLE if n in names)
+            rule = "stay as it was in training" + (f"; only {others} may change" if others else "")
+            raise ConfigError(f"model.{name}", rule, value, "Leave it out, or train another model")
+    precision = {"precision": "float32"} if "precision" in names else {}
+    changed = dataclasses.replace(section, **{**precision, **changes})
+    cutoff = changes.get("long_range_cutoff")
+    if cutoff is not None and changed.reach != (cutoff or math.inf):
+        rule = "be left out where the model has no energy that ends there"
+        raise ConfigError("model.long_range_cutoff", rule, cutoff, "Leave it out")
+    return changed

@@ -4,8 +4,10 @@ Each atom has invariant features x and spherical harmonic coordinates chi (SPHC)
 non-local option gives every atom a second neighbourhood, in the space of SPHC instead of positions, through which a layer reaches
 over any distance. Directions are those of the paper: from the neighbour to the centre, r_ij = R_i - R_j.
 
-What this model has and its successors have not: norms of SPHC, which are not differentiable at zero (see `compute_lengths`), and,
-if non-local, energies that do not add up over distant molecules, because the spherical cutoff is one over the number of atoms.
+What this model has and its successors have not: norms of SPHC, which are not differentiable at zero (see `compute_lengths`): at
+geometries so symmetric that SPHC or differences of them vanish (methane) the energy has a cone, so forces jump and second
+derivatives mean nothing: no vibrations of symmetric molecules. And, if non-local, energies that do not add up over distant
+molecules, because the spherical cutoff is one over the number of atoms.
 """
 
 import dataclasses
@@ -15,17 +17,15 @@ from typing import Final
 import torch
 from torch import nn
 from torch.nn.functional import silu
-from torch.utils.checkpoint import checkpoint
 
 from so3krates_dist.config import So3kratesSection
 from so3krates_dist.graph import MAX_ATOMIC_NUMBER, GraphBatch
 from so3krates_dist.model.attention import HeadProjections, PairNetwork
-from so3krates_dist.model.layer import Linear, build_layer_norm
-from so3krates_dist.model.radial import CUTOFF_FUNCTIONS, build_radial_basis
+from so3krates_dist.model.constants import ConstantsModule
+from so3krates_dist.model.layer import AttentionNetwork, Linear, build_layer_norm, run_attention
 from so3krates_dist.model.record import AttentionRecord
 from so3krates_dist.model.spherical import (
     DegreeMaps,
-    SphericalHarmonics,
     compute_lengths,
     compute_self_couplings,
     find_vanishing,
@@ -105,9 +105,8 @@ def compute_spherical_neighborhood(
         sphc_cutoffs: (num_atoms,) upper end of the shares.
     """
     start = torch.zeros_like(sphc_cutoffs)
-    largest = start.scatter_reduce(
-        0, receivers, lengths.detach(), "amax"
-    )  # lengths are never below the zero of the start
+    # Lengths are never below the zero of the start.
+    largest = start.scatter_reduce(0, receivers, lengths.detach(), "amax")
     exponentials = torch.exp(lengths - largest.index_select(0, receivers))
     sums = start.index_add(0, receivers, exponentials)
     shares = exponentials / (sums * sphc_cutoffs).index_select(0, receivers)
@@ -219,7 +218,7 @@ def _reduce_heads(products: torch.Tensor, filters: torch.Tensor, num_heads: int)
     return filtered.view(len(products), num_heads, width).sum(-1) / math.sqrt(width)
 
 
-class SelfMixing(nn.Module):
+class SelfMixing(ConstantsModule):
     """Couples the SPHC of an atom, two different degrees at a time, to each degree (arXiv 2205.14276).
 
     Args:
@@ -339,19 +338,16 @@ class So3kratesLayer(nn.Module):
             recompute: Compute the attention block again in the backward pass instead of keeping its values.
             record: Keeps the attention coefficients.
         """
-        if recompute:
-            inv_messages, ev_messages = checkpoint(
-                self.attention, inv_features, ev_features, pairs, use_reentrant=False, preserve_rng_state=True
-            )
-        else:
-            inv_messages, ev_messages = self.attention(inv_features, ev_features, pairs, record)
+        inv_messages, ev_messages = run_attention(
+            self.attention, inv_features, ev_features, pairs, recompute=recompute, record=record
+        )
         inv_features = self.attention_norm(inv_features + inv_messages)
         ev_features = self.attention_sphc_norm(ev_features + ev_messages)
         inv_features, ev_features = self.interaction(inv_features, ev_features)
         return self.interaction_norm(inv_features), self.interaction_sphc_norm(ev_features)
 
 
-class So3krates(nn.Module):
+class So3krates(AttentionNetwork):
     """Per-atom energies from neighbour pairs and, if non-local, from all pairs of a structure.
 
     Args:
@@ -360,26 +356,13 @@ class So3krates(nn.Module):
         num_embeddings: Rows of the element table.
     """
 
-    uses_positions = False
-    """whether energies depend on positions and cell other than through the pair vectors"""
-
     def __init__(
         self, section: So3kratesSection, mean_neighbors: float = 1.0, num_embeddings: int = MAX_ATOMIC_NUMBER + 1
     ) -> None:
-        super().__init__()
-        self.cutoff, self.reach = section.cutoff, section.reach
-        # Between all pairs of atoms of a crystal there is no one direction.
-        self.sees = section.sees - {"cell"} if section.non_local else section.sees
+        super().__init__(section, num_embeddings)
         self.non_local, self.sphc_cutoff, self.initial_sphc = (
             section.non_local, section.sphc_cutoff, section.initial_sphc
         )  # fmt: skip
-        self.checkpoint_attention = False
-        self.compute_envelope = CUTOFF_FUNCTIONS[section.cutoff_function]
-        self.radial_basis = build_radial_basis(section.radial_basis, section.num_radial_basis, section.cutoff)
-        self.harmonics = SphericalHarmonics(section.degrees)
-        self.maps = DegreeMaps(section.degrees)
-        self.embedding = nn.Embedding(num_embeddings, section.num_features)
-        nn.init.normal_(self.embedding.weight, std=section.num_features**-0.5)
         last = section.num_layers - 1
         self.layers = nn.ModuleList(So3kratesLayer(section, self.maps, i == last) for i in range(section.num_layers))
         self.readout_hidden = Linear(section.num_features, section.num_features)
@@ -397,12 +380,7 @@ class So3krates(nn.Module):
         """
         pairs = self._build_pairs(batch, vectors)
         inv_features = self.embedding(batch.atomic_numbers)
-        ev_features = self._start_sphc(len(inv_features), pairs)
-        recompute = self.checkpoint_attention and torch.is_grad_enabled() and record is None
-        for number, layer in enumerate(self.layers):
-            if record is not None:
-                record.layer = number
-            inv_features, ev_features = layer(inv_features, ev_features, pairs, recompute=recompute, record=record)
+        inv_features = self.run_layers(inv_features, self._start_sphc(len(inv_features), pairs), pairs, record)
         energies: torch.Tensor = self.readout(silu(self.readout_hidden(inv_features)))
         return {"atom_energies": energies.squeeze(-1)}
 

@@ -96,7 +96,7 @@ class HirshfeldHead(nn.Module):
 
     def __init__(self, num_features: int) -> None:
         super().__init__()
-        width = num_features // 2
+        width = max(num_features // 2, 1)
         self.offsets = build_table(NUM_HEAD_ELEMENTS, 1)
         self.queries = build_table(NUM_HEAD_ELEMENTS, width)
         self.hidden = Linear(num_features, width)
@@ -137,11 +137,9 @@ class So3lr(EuclideanBackbone):
         self.hirshfeld_head = HirshfeldHead(features)
         self.long_range_cutoff = section.long_range_cutoff or math.inf
         self.electrostatic_damping = section.electrostatic_damping
-        self.has_electrostatics = electrostatics != "none"
+        self.cuts_electrostatics = section.cuts_electrostatics
         self.repulsion = NuclearRepulsion() if section.zbl else None
         self.dispersion = Dispersion(section.dispersion_damping, self.long_range_cutoff) if section.dispersion else None
-        if not section.spin_embedding:
-            self.sees = self.sees - {"num_unpaired_electrons"}
         self.reciprocal: nn.Module | None = None
         if electrostatics in ("ewald", "pme"):
             from so3krates_dist.model.ewald import ReciprocalCoulomb
@@ -188,22 +186,15 @@ class So3lr(EuclideanBackbone):
     def _compute_long_range(
         self, batch: GraphBatch, vectors: torch.Tensor, charges: torch.Tensor, ratios: torch.Tensor
     ) -> torch.Tensor:
-        """Return each atom's share of electrostatics and dispersion, eV."""
+        """Return each atom's share of dispersion and of electrostatics with a cutoff, eV."""
         first, second = batch.pair_first, batch.pair_second
         distances = torch.linalg.vector_norm(vectors, dim=-1)
         energies = torch.zeros_like(distances)
-        if self.has_electrostatics:
+        if self.cuts_electrostatics:
             products = charges[first] * charges[second]
             coulomb = compute_electrostatics(products, distances, self.electrostatic_damping, self.long_range_cutoff)
-            energies = energies + self._leave_to_reciprocal(batch, coulomb)
+            energies = energies + coulomb
         if self.dispersion is not None:
             numbers = batch.atomic_numbers[first], batch.atomic_numbers[second]
             energies = energies + self.dispersion(numbers, (ratios[first], ratios[second]), distances)
         return share_pair_energies(energies, first, second, len(charges))
-
-    def _leave_to_reciprocal(self, batch: GraphBatch, coulomb: torch.Tensor) -> torch.Tensor:
-        """Return pair energies without those of structures whose electrostatics is a sum over the reciprocal lattice."""
-        if self.reciprocal is None or batch.pbc is None:
-            return coulomb
-        fully_periodic = batch.pbc.all(-1)[batch.graph_index[batch.pair_first]]
-        return torch.where(fully_periodic, 0.0, coulomb)

@@ -10,7 +10,8 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+
+from so3krates_dist.model.constants import ConstantsModule
 
 
 def compute_ev_dim(degrees: Sequence[int]) -> int:
@@ -97,7 +98,7 @@ def compute_lengths(squares: torch.Tensor, sizes: torch.Tensor | float = 0.0) ->
     return torch.where(vanishing, 0.0, torch.where(vanishing, 1.0, squares).sqrt())
 
 
-class SphericalHarmonics(nn.Module):
+class SphericalHarmonics(ConstantsModule):
     """Orthonormal real spherical harmonics of unit vectors, for a list of degrees.
 
     Each degree comes from the one below by a product with the vector and a small matrix: a few matrix operations instead of
@@ -128,7 +129,7 @@ class SphericalHarmonics(nn.Module):
         return torch.cat(parts, dim=1)
 
 
-class DegreeMaps(nn.Module):
+class DegreeMaps(ConstantsModule):
     """Index tables between one number per degree and one number per (degree, order).
 
     Args:

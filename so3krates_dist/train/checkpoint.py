@@ -51,7 +51,7 @@ class TrainingState:
     step: int
     """optimizer steps done; also the position in the data"""
     best_score: float
-    """of the best evaluation so far, lower is better: the force MAE in eV/Å; infinity before the first"""
+    """of the best evaluation so far, lower is better: see `train.loop.compute_score`; infinity before the first"""
     tensors: dict[str, torch.Tensor]
     """of `TrainingEngine.gather_state`, plus `mean.<name>` of the exponential mean"""
 
@@ -139,12 +139,13 @@ class RunFolder:
 
 
 def _compare_configs(before: RunConfig, now: RunConfig) -> dict[str, tuple[Any, Any]]:
-    """Return keys that differ and must not."""
+    """Return keys that differ and must not, the name of the model first: another model has other keys."""
     old, new = (
         {f"{section}.{key}": v for section, values in to_plain(c).items() for key, v in values.items()}
         for c in (before, now)
     )
-    return {k: (old[k], new[k]) for k in old if old[k] != new[k] and k not in MAY_CHANGE}
+    keys = sorted(dict.fromkeys([*old, *new]), key=lambda k: k != "model.name")  # else in their order
+    return {k: (old.get(k), new.get(k)) for k in keys if k not in MAY_CHANGE and old.get(k) != new.get(k)}
 
 
 # ----------------------------------------------------------------------------------------------------------- checkpoints
@@ -261,7 +262,7 @@ def _verify(checkpoint: Path) -> str | None:
 def load_checkpoint(checkpoint: Path) -> TrainingState:
     """Read a checkpoint that `find_checkpoint` has verified."""
     content = json.loads((checkpoint / MANIFEST_NAME).read_text(encoding="utf-8"))
-    best = content["best_score"]
+    best = content.get("best_score", content.get("best_forces_mae"))  # its name in the first checkpoints of format 1
     return TrainingState(
         step=int(content["step"]),
         best_score=float("inf") if best is None else float(best),

@@ -6,6 +6,7 @@ are left out and counted. A structure that cannot be computed stops the evaluati
 
 import argparse
 import dataclasses
+import itertools
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -24,12 +25,7 @@ from so3krates_dist.errors import CheckpointError, DataError, So3kratesError
 from so3krates_dist.files import write_text
 from so3krates_dist.graph import ELEMENT_SYMBOLS, MAX_ATOMIC_NUMBER, FloatArray, GraphBatch
 from so3krates_dist.metrics import METRICS_NAME, print_table, read_metrics
-from so3krates_dist.model.potential import (
-    Potential,
-    check_elements,
-    check_unpaired_electrons,
-    describe_ignored,
-)
+from so3krates_dist.model.potential import CHARGED_CRYSTALS, Potential, check_elements
 from so3krates_dist.model.registry import load_model
 from so3krates_dist.train import pictures
 from so3krates_dist.train.checkpoint import CONFIG_NAME
@@ -250,14 +246,16 @@ def _predict(
 
 def _check_batch(batch: GraphBatch, potential: Potential) -> None:
     """Raise where the model means nothing for a structure, naming the group of the first one."""
-    for number, pbc in enumerate(() if batch.pbc is None else batch.pbc.numpy()):
-        potential.check_box(pbc, _name(batch, number))
+    if batch.pbc is not None and batch.cell is not None:
+        for number, (pbc, cell) in enumerate(zip(batch.pbc.numpy(), batch.cell.numpy(), strict=True)):
+            potential.check_box(pbc, cell, _name(batch, number))
     strangers = ~torch.isin(batch.atomic_numbers, torch.tensor(potential.elements))
     if strangers.any():
         where = _name(batch, int(batch.graph_index[strangers.nonzero()[0]]))
         check_elements(batch.atomic_numbers.tolist(), potential.elements, where)
-    if len(unpaired := batch.num_unpaired_electrons.nonzero()):
-        check_unpaired_electrons(potential.as_network.sees, potential.statistics, _name(batch, int(unpaired[0])))
+    electrons = zip(batch.total_charge.tolist(), batch.num_unpaired_electrons.tolist(), strict=True)
+    for number, (charge, unpaired) in enumerate(electrons):
+        potential.check_electrons([charge], unpaired != 0, _name(batch, number))
 
 
 def _name(batch: GraphBatch, number: int) -> str:
@@ -342,15 +340,14 @@ def evaluate_run(
         CheckpointError: The folder is no run, or holds no model yet.
         DataError: The data are damaged, hold nothing to evaluate or elements that the model does not know.
     """
-    is_run = dataset is None or (folder / CONFIG_NAME).is_file()
-    own = _find_dataset(folder) if is_run else None
-    dataset = dataset or own
-    assert dataset is not None
+    dataset = dataset or _find_dataset(folder)
     manifest = check_dataset(dataset)
     _check_split(manifest, split, dataset)
     potential = load_model(folder, device=device)
-    if ignored := describe_ignored(potential.as_network.sees, _check_structures(dataset, manifest, split, potential)):
-        print(f"note: {ignored}")
+    for note in potential.describe_limits(_check_structures(dataset, manifest, split, potential)):
+        print(f"note: {note}")
+    if "energy" in manifest.labels and not any(potential.statistics.energy_baselines.values()):
+        print("note: the model has no energy baselines: its energies are relative to no reference")
     batches = iter_batches(dataset, split, batch_size=EVALUATION_BATCH_SIZE, cutoffs=potential.cutoffs)
     evaluation = evaluate(
         potential,
@@ -360,10 +357,16 @@ def evaluate_run(
         compute_stress="stress" in manifest.labels,
         keep_samples=True,
     )
-    name = "" if own is not None and dataset.resolve() == own.resolve() else dataset.resolve().name
-    target = folder / "evaluation" / name
+    target = find_target(folder, dataset)
     _write_results(folder, target, evaluation, manifest, split)
     return evaluation
+
+
+def find_target(folder: Path, dataset: Path | None) -> Path:
+    """Return where the results on a data set go; None: the one that the run was trained on."""
+    own = _find_dataset(folder) if (folder / CONFIG_NAME).is_file() else None
+    name = "" if dataset is None or (own and own.resolve() == dataset.resolve()) else dataset.resolve().name
+    return folder / "evaluation" / name
 
 
 def _find_dataset(folder: Path) -> Path:
@@ -384,7 +387,7 @@ def _check_structures(dataset: Path, manifest: Manifest, split: str, potential: 
     """Check all structures before computing the first; reading them is cheap beside computing them.
 
     Returns:
-        Which of `total_charge` and `num_unpaired_electrons` are not zero somewhere.
+        Which of `total_charge` and `num_unpaired_electrons` are not zero somewhere, and `CHARGED_CRYSTALS` where there are some.
     """
     reader, present = BlockReader(dataset), set[str]()
     try:
@@ -392,11 +395,13 @@ def _check_structures(dataset: Path, manifest: Manifest, split: str, potential: 
             for entry in shard.blocks:
                 columns, where = reader.read(shard, entry).columns, f"{dataset / shard.file}:{entry.key}"
                 check_elements(np.unique(columns["atomic_numbers"]).tolist(), potential.elements, where)
-                for pbc in columns.get("pbc", ()):
-                    potential.check_box(pbc, where)
+                pbcs = columns.get("pbc", np.zeros((len(columns["total_charge"]), 3), bool))
+                for pbc, cell in zip(pbcs, columns.get("cell", itertools.repeat(None)), strict=False):
+                    potential.check_box(pbc, cell, where)
                 stated = {n for n in ("total_charge", "num_unpaired_electrons") if columns[n].any()}
-                if "num_unpaired_electrons" in stated:
-                    check_unpaired_electrons(potential.as_network.sees, potential.statistics, where)
+                if (pbcs.any(1) & (columns["total_charge"] != 0)).any():
+                    stated.add(CHARGED_CRYSTALS)
+                potential.check_electrons(columns["total_charge"].tolist(), "num_unpaired_electrons" in stated, where)
                 present |= stated
     finally:
         reader.close()
@@ -459,7 +464,7 @@ def run(arguments: argparse.Namespace) -> int:
     device = choose_device(arguments.device, Rank())
     evaluation = evaluate_run(folder, split=arguments.split, dataset=arguments.data, device=device)
     print_evaluation(evaluation, f"{folder}, {arguments.split} split")
-    print(f"written to {folder / 'evaluation'}")
+    print(f"written to {find_target(folder, arguments.data)}")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""What `so3krates info` shows: the installation, all settings with their meaning, or the state of a run folder."""
+"""What `so3krates info` shows: the installation, all settings with their meaning, the state of a run folder, or a model."""
 
 import argparse
 import ast
@@ -6,9 +6,7 @@ import dataclasses
 import importlib.metadata
 import inspect
 import json
-import os
 import platform
-import sys
 import textwrap
 import typing
 from collections.abc import Mapping, Sequence
@@ -18,6 +16,7 @@ from typing import Any
 import so3krates_dist
 from so3krates_dist import config as schema
 from so3krates_dist.errors import CheckpointError
+from so3krates_dist.graph import ELEMENT_SYMBOLS
 
 VENDORS = (
     "torch", "deepspeed", "e3nn", "webdataset", "omegaconf", "wandb", "safetensors", "numpy", "vesin", "ase", "tblite", "rdkit",
@@ -152,22 +151,47 @@ def _describe_model(section: schema.ModelSection) -> str:
     return ", ".join([section.name, *(f"{f.name}={_format_value(getattr(section, f.name))}" for f in fields)])
 
 
+def describe_model(folder: Path) -> list[tuple[str, object]]:
+    """Return what a folder with a model and no run holds, as rows of name and finding.
+
+    Args:
+        folder: With `config.json` and `model.safetensors`.
+
+    Raises:
+        CheckpointError: The model's description is damaged or from a newer version.
+    """
+    from so3krates_dist.model.registry import WEIGHTS_NAME, read_model_config
+
+    section, statistics, provenance = read_model_config(folder)
+    return [
+        ("folder", folder.resolve()),
+        ("model", _describe_model(section)),
+        ("elements", " ".join(ELEMENT_SYMBOLS[z] for z in statistics.elements)),
+        ("mean neighbors", f"{statistics.mean_neighbors:g}"),
+        ("weights", WEIGHTS_NAME if (folder / WEIGHTS_NAME).is_file() else "missing"),
+        *provenance.items(),
+    ]
+
+
 def describe_run(folder: Path) -> list[tuple[str, object]]:
-    """Return what a run folder holds, as rows of name and finding.
+    """Return what a run folder, or one with a model only, holds, as rows of name and finding.
 
     Args:
         folder: Run folder.
 
     Raises:
-        CheckpointError: It is no run folder.
+        CheckpointError: It is no run folder, and holds no model.
         ConfigError: Its config.yaml was altered.
     """
     from so3krates_dist.metrics import read_metrics
 
     if not (folder / "config.yaml").is_file():
+        if (folder / "config.json").is_file():
+            return describe_model(folder)
         raise CheckpointError(
-            str(folder), "be a run folder", "no config.yaml in it", "Name the folder that training printed"
-        )
+            str(folder), "be a run folder or hold a model", "neither config.yaml nor config.json in it",
+            "Name the folder that training or import printed",
+        )  # fmt: skip
     config = schema.read_config(folder / "config.yaml")
     checkpoints = sorted(p.name for p in (folder / "checkpoints").glob("step_*"))
     rows: list[tuple[str, object]] = [
@@ -189,7 +213,7 @@ def describe_run(folder: Path) -> list[tuple[str, object]]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare what `so3krates info` takes."""
-    parser.add_argument("run_folder", nargs="?", type=Path, metavar="RUN", help="run folder to describe")
+    parser.add_argument("run_folder", nargs="?", type=Path, metavar="RUN", help="folder of a run or of a model")
     parser.add_argument("--config", action="store_true", help="list every setting with its type, default and meaning")
 
 
@@ -199,14 +223,10 @@ def run(arguments: argparse.Namespace) -> int:
     Returns:
         The exit code.
     """
-    try:
-        if arguments.config:
-            _print_settings()
-        elif arguments.run_folder is not None:
-            _print_rows(describe_run(arguments.run_folder))
-        else:
-            _print_installation()
-        sys.stdout.flush()
-    except BrokenPipeError:  # `so3krates info --config | head`: the reader has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if arguments.config:
+        _print_settings()
+    elif arguments.run_folder is not None:
+        _print_rows(describe_run(arguments.run_folder))
+    else:
+        _print_installation()
     return 0

@@ -1,8 +1,10 @@
 """A run from the first check to the last checkpoint. Read `Training.run`: it is the story; everything else is one hop away."""
 
 import contextlib
+import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -10,7 +12,7 @@ import numpy as np
 import torch
 
 from so3krates_dist import __version__
-from so3krates_dist.config import ModelSection, RunConfig
+from so3krates_dist.config import ModelSection, RunConfig, TrainSection
 from so3krates_dist.data.shards import Manifest, check_dataset, iter_graphs
 from so3krates_dist.data.stream import TrainingStream, build_loader, check_allows_box, iter_batches
 from so3krates_dist.distributed import (
@@ -30,7 +32,13 @@ from so3krates_dist.distributed import (
 from so3krates_dist.errors import EXIT_DONE, EXIT_REQUEUE, ConfigError, DataError, So3kratesError
 from so3krates_dist.graph import GraphBatch
 from so3krates_dist.metrics import MetricsLogger
-from so3krates_dist.model.potential import ModelStatistics, check_elements, check_unpaired_electrons, describe_ignored
+from so3krates_dist.model.potential import (
+    CHARGED_CRYSTALS,
+    ModelStatistics,
+    check_charges,
+    check_elements,
+    check_unpaired_electrons,
+)
 from so3krates_dist.model.registry import build_model, save_model
 from so3krates_dist.train.checkpoint import RunFolder, TrainingState, find_checkpoint, load_checkpoint, save_checkpoint
 from so3krates_dist.train.engine import TrainingEngine
@@ -84,31 +92,62 @@ def _check_data(config: RunConfig, hashes: bool) -> Manifest:
         if getattr(config.train, WEIGHTS[label]) and label not in manifest.labels:
             have = f"a data set with {', '.join(manifest.labels)} only"
             raise ConfigError(f"train.{WEIGHTS[label]}", f"be 0 without {label} labels", have, "Set it to 0")
-    statistics = ModelStatistics.from_manifest(
-        manifest.statistics, config.model
-    )  # refuses what a model cannot be built from
+    manifest = _count_unpaired_electrons(folder, manifest, config.model)
+    statistics = ModelStatistics.from_manifest(manifest.statistics, config.model)  # refuses what no model can have
     if manifest.statistics.get("num_periodic", 0):  # older manifests do not say; the stream looks again
-        check_allows_box(config.model, np.ones(3, bool), f"{folder} training split")
+        check_allows_box(config.model, np.ones(3, bool), None, f"{folder} training split")
     _check_validation(folder, manifest, config.model, statistics)
     return manifest
+
+
+def _count_unpaired_electrons(folder: Path, manifest: Manifest, section: ModelSection) -> Manifest:
+    """Return a manifest that says whether there are unpaired electrons, where the model sees them; older ones do not."""
+    if "num_unpaired_electrons" not in section.sees or "num_unpaired_electrons" in manifest.statistics:
+        return manifest
+    counts = Counter(f"{g.num_unpaired_electrons:g}" for g in iter_graphs(folder, manifest, "train"))
+    return dataclasses.replace(
+        manifest, statistics={**manifest.statistics, "num_unpaired_electrons": dict(sorted(counts.items()))}
+    )
 
 
 def _check_validation(folder: Path, manifest: Manifest, section: ModelSection, statistics: ModelStatistics) -> None:
     """Check that the held-out conformers are of a kind that the training split has."""
     where = f"{folder} validation split"
     elements: set[int] = set()
+    charges: set[float] = set()
     has_unpaired = False
     for graph in iter_graphs(folder, manifest, "validation"):
         elements.update(graph.atomic_numbers.tolist())
+        charges.add(graph.total_charge)
         has_unpaired |= graph.num_unpaired_electrons != 0
-        check_allows_box(section, graph.pbc, where)
+        check_allows_box(section, graph.pbc, graph.cell, where)
     check_elements(elements, statistics.elements, where)
+    check_charges(section.sees, statistics, charges, where)
     if has_unpaired:
         check_unpaired_electrons(section.sees, statistics, where)
 
 
+_SCORED: Final = ("forces", "energy", "stress", "dipole", "hirshfeld_ratios")
+"""Labels in the order in which their errors choose the best model"""
+
 _STATED: Final = {"total_charge": "total_charges", "num_unpaired_electrons": "num_unpaired_electrons"}
 """Where the statistics say what values the data have"""
+
+
+def compute_score(summary: Mapping[str, float], section: TrainSection) -> float:
+    """Return the error by which the best model is chosen, lower is better.
+
+    It is the mean absolute error of the first of forces, energy per atom, stress, dipole and Hirshfeld ratios that is trained and
+    has labels among the held-out conformers; nan, which is never the best, where there is none.
+
+    Args:
+        summary: Of the evaluation.
+        section: Weights of the terms of the loss.
+    """
+    names = {"energy": "energy_mae_per_atom"}
+    trained = [label for label in _SCORED if getattr(section, WEIGHTS[label])]
+    errors = [summary.get(names.get(label, f"{label}_mae"), math.nan) for label in trained]
+    return next((error for error in errors if not math.isnan(error)), math.nan)
 
 
 def take_batches(
@@ -198,7 +237,7 @@ class Training:
         state = load_checkpoint(Path(checkpoint))
         self.engine.load_state(state.tensors)
         self.mean.load_state(state.tensors)
-        # Versions before 0.3 stored minus the step, which no error would ever beat.
+        # Without held-out conformers the score is minus the step, which no error would ever beat.
         held_out = self.manifest.num_conformers("validation")
         self.best_score = float("inf") if held_out and state.best_score < 0 else state.best_score
         return state.step
@@ -207,10 +246,14 @@ class Training:
         """Say what is going to happen, and what the user should know before."""
         for complaint in complaints:
             self.metrics.message(complaint)
-        statistics, network = self.manifest.statistics, self.mean.potential.as_network
+        statistics = self.manifest.statistics
         present = [k for k, n in _STATED.items() if set(statistics.get(n, {})) - {"0"}]
-        if ignored := describe_ignored(network.sees, present):
-            self.metrics.message(f"note: {ignored}")
+        # Each is counted by itself: where they are more than all structures together, some are both.
+        charged = sum(count for charge, count in statistics.get("total_charges", {}).items() if float(charge))
+        if charged + statistics.get("num_periodic", 0) > self.manifest.num_conformers("train"):
+            present.append(CHARGED_CRYSTALS)
+        for note in self.mean.potential.describe_limits(present):
+            self.metrics.message(f"note: {note}")
         weights = sum(p.numel() for p in self.engine.potential.parameters())
         counts = " / ".join(f"{self.manifest.num_conformers(s):,} {s}" for s in ("train", "validation", "test"))
         self.metrics.message(
@@ -286,9 +329,7 @@ class Training:
             evaluation = evaluate(self.mean.potential, batches, device=self.device, compute_stress=with_stress)
             summary = evaluation.summary()
             self.metrics.log("validation", step, summary)
-            score = summary["forces_mae"]
-            if math.isnan(score):  # data without forces
-                score = summary["energy_mae_per_atom"]
+            score = compute_score(summary, self.config.train)
         if score < self.best_score:
             self.best_score = score
             if self.rank.is_main:

@@ -9,7 +9,13 @@ from structures import compute, make_potential
 from so3krates_dist.graph import Graph
 from so3krates_dist.model.potential import Potential
 
-LOCAL, NON_LOCAL = "so3krates", "so3krates_non_local"
+LOCAL: dict[str, dict[str, object]] = {
+    "published": {}, "smooth": {"initial_sphc": "smooth"}, "normalised": {"layer_norm": True, "sphc_norm": True},
+}  # fmt: skip
+NON_LOCAL: dict[str, dict[str, object]] = {
+    "published": {}, "normalised": {"layer_norm": True, "sphc_norm": True}, "degree_0": {"degrees": (0, 1, 2, 3)},
+}  # fmt: skip
+local = pytest.mark.parametrize("options", LOCAL)
 CUTOFF = 2.2
 """Å: a carbon's neighbours are those that it is bound to"""
 
@@ -31,8 +37,9 @@ def turn(graph: Graph, degrees: float, atoms: slice) -> Graph:
     return dataclasses.replace(graph, positions=positions)
 
 
-def build(options: str) -> Potential:
-    return make_potential(options, cutoff=CUTOFF, num_layers=2)
+def build(options: str, non_local: bool) -> Potential:
+    changes = (NON_LOCAL if non_local else LOCAL)[options]
+    return make_potential("so3krates", cutoff=CUTOFF, num_layers=2, non_local=non_local, **changes)
 
 
 def vary(potential: Potential, graph: Graph) -> float:
@@ -48,24 +55,27 @@ def couple(potential: Potential, graph: Graph) -> float:
     return abs(float(energy[0] - energy[1] - energy[2] + energy[3]))
 
 
-def test_a_local_model_is_flat_for_a_long_chain() -> None:
+@local
+def test_a_local_model_is_flat_for_a_long_chain(options: str) -> None:
     """Twice two layers of 2.2 Å are 8.8 Å, the ends are 10.1 Å apart or more."""
-    potential = build(LOCAL)
+    potential = build(options, non_local=False)
     assert vary(potential, make_cumulene(3)) > 1e-6, (
         "the short chain shows that the energy may depend on the angle at all"
     )
     assert max(vary(potential, make_cumulene(n)) for n in (8, 9, 12)) < 1e-10
 
 
-def test_no_term_of_a_local_model_sees_both_ends_of_a_distorted_chain() -> None:
+@local
+def test_no_term_of_a_local_model_sees_both_ends_of_a_distorted_chain(options: str) -> None:
     """Without symmetry too: a distorted chain carries the orientation of its ends as far as there are hops."""
-    potential = build(LOCAL)
+    potential = build(options, non_local=False)
     assert couple(potential, make_cumulene(4, noise=0.1)) > 1e-9
     assert max(couple(potential, make_cumulene(n, noise=0.1)) for n in (8, 9, 12)) < 1e-10
 
 
+@pytest.mark.parametrize("options", NON_LOCAL)
 @pytest.mark.parametrize("num_carbons", [8, 9, 12])
-def test_a_non_local_model_sees_the_dihedral(num_carbons: int) -> None:
-    potential = build(NON_LOCAL)
+def test_a_non_local_model_sees_the_dihedral(options: str, num_carbons: int) -> None:
+    potential = build(options, non_local=True)
     assert vary(potential, make_cumulene(num_carbons)) > 1e-5
     assert couple(potential, make_cumulene(num_carbons, noise=0.1)) > 1e-5

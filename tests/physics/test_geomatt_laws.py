@@ -361,12 +361,14 @@ def test_distant_molecules_add_up_with_an_envelope_or_without_bias(name: str, al
 
 @pytest.mark.parametrize("algorithm", ["dense", "neighbor_list"])
 def test_the_published_model_couples_molecules_at_any_distance(algorithm: str) -> None:
-    """With biases attention tends to a constant: a mean field that does not know distances. A property, not a wish."""
+    """With biases attention tends to a constant: a mean field that does not know distances. A property, not a wish.
+
+    With these weights two molecules have 14 meV less than alone, and forces of one change by 0.4 meV/Å with the other's shape.
+    """
     measured = {
         distance: measure_coupling(make(SECTIONS["published"], algorithm), distance) for distance in (20.0, 50.0)
     }
-    assert abs(measured[20.0][0]) > 1e-3
-    assert measured[20.0][1] > 1e-6
+    assert measured[20.0] == pytest.approx((-0.013790, 4.0073e-4), rel=1e-3)
     check_deviations({"excess": measure(*(np.array(measured[d]) for d in (20.0, 50.0)))}, 1e-12)
 
 

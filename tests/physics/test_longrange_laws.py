@@ -30,7 +30,7 @@ from structures import (
 from so3krates_dist.graph import Graph
 from so3krates_dist.inference.interop import import_so3lr
 from so3krates_dist.model.longrange import Dispersion, compute_electrostatics
-from so3krates_dist.model.potential import Potential
+from so3krates_dist.model.potential import Potential, compute_vectors
 from so3krates_dist.model.radial import compute_polynomial_cutoff
 from so3krates_dist.model.registry import load_model
 from so3krates_dist.model.repulsion import NuclearRepulsion
@@ -219,6 +219,42 @@ def test_supercell_of_a_neutral_cell_has_twice_its_energy() -> None:
         name: np.concatenate([one[name]] * 2) for name in ("forces", "partial_charges", "hirshfeld_ratios")
     }
     check_deviations(compare({name: two[name] for name in expected}, expected), 1e-10)
+
+
+def list_directed_pairs(graph: Graph, reach: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return every atom with every other and every image within reach, its own too: atoms (pairs,) twice, lattice shifts."""
+    assert graph.cell is not None
+    grid = np.stack(np.meshgrid(*[np.arange(-7, 8)] * 3, indexing="ij"), -1).reshape(-1, 3)
+    vectors = graph.positions + (grid @ graph.cell)[:, None, None] - graph.positions[:, None]
+    distances = np.linalg.norm(vectors, axis=-1)
+    images, first, second = np.nonzero((distances < reach) & (distances > 1e-9))
+    return first, second, grid[images]
+
+
+@pytest.mark.parametrize("name", ["triclinic", "self_images"])
+def test_the_full_list_at_half_weight_gives_the_same_energies(name: str) -> None:
+    """Every pair counted from both of its atoms, as SO3LR's authors do, an atom's own images too; of each term and atom."""
+    potential, graph = make_published_sizes(), make_crystal(name)
+    network, half = potential.network, make_batch([graph], potential.cutoffs)
+    first, second, shifts = (torch.from_numpy(v) for v in list_directed_pairs(graph, LONG_RANGE_CUTOFF))
+    full = dataclasses.replace(half, pair_first=first, pair_second=second, pair_shifts=shifts.double())
+    assert len(first) == 2 * len(half.pair_first)
+    assert ((first == second) & (shifts != 0).any(1)).any()
+    charges, ratios = torch.tensor([0.4, -0.7, 0.2, 0.1]).double(), torch.tensor([0.8, 0.9, 1.1, 0.7]).double()
+    settings = {
+        "both": (True, network.dispersion),
+        "electrostatics": (True, None),
+        "dispersion": (False, network.dispersion),
+    }
+    deviations = {}
+    for term, (network.cuts_electrostatics, network.dispersion) in settings.items():
+        found, expected = (
+            network._compute_long_range(b, compute_vectors(b), charges[: graph.num_atoms], ratios[: graph.num_atoms])
+            for b in (full, half)
+        )
+        assert float(expected.abs().min()) > 1e-4
+        deviations[term] = measure(found.numpy() / 2, expected.numpy())
+    check_deviations(deviations, 1e-12)
 
 
 @pytest.mark.parametrize("charge", [0.0, 1.0, -2.0])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy.spatial.transform import Rotation
 from structures import (
-    STATISTICS,
+    SO3KRATES,
     check_deviations,
     compare,
     compute,
@@ -18,17 +18,17 @@ from structures import (
     measure,
     move,
 )
+from structures import make_potential as make_any_potential
+from test_derivative_laws import compute_energy_of_positions, differentiate, displace
+from test_locality_laws import make_atom
+from test_symmetry_laws import transform
 
 from so3krates_dist.config import So3kratesSection
 from so3krates_dist.graph import Graph, collate
 from so3krates_dist.model.potential import Potential, compute_vectors
-from so3krates_dist.model.registry import build_model
 
-CUTOFF = 4.0
-BASE = So3kratesSection(
-    num_features=24, num_layers=2, num_heads=4, num_radial_basis=12, cutoff=CUTOFF, radial_filter_width=16,
-    spherical_filter_width=8,
-)  # fmt: skip
+BASE = SO3KRATES["so3krates"]
+CUTOFF = BASE.cutoff
 OPTIONS: dict[str, So3kratesSection] = {
     "local": BASE,
     "non_local": dataclasses.replace(BASE, non_local=True),
@@ -39,26 +39,17 @@ OPTIONS: dict[str, So3kratesSection] = {
     "no_parity": dataclasses.replace(BASE, parity=False, non_local=True),
     "degree_0": dataclasses.replace(BASE, degrees=(0, 1, 2, 3), non_local=True),
 }
-LOCAL = [name for name, section in OPTIONS.items() if not section.non_local]
+FURTHER = [name for name, section in OPTIONS.items() if section not in SO3KRATES.values()]
+"""Options that are not those of the laws of all models"""
 
 options = pytest.mark.parametrize("options", OPTIONS)
+further = pytest.mark.parametrize("options", FURTHER)
 
 
 def make_potential(
     options: str, dtype: torch.dtype = torch.float64, seed: int = 0, noise: float = 0.1, **changes: object
 ) -> Potential:
-    """Return a potential in evaluation mode; noise makes all weights random, those that start as zero or one too."""
-    torch.manual_seed(seed)
-    section = dataclasses.replace(OPTIONS[options], **changes)  # type: ignore[arg-type]
-    potential = build_model(section, STATISTICS)
-    with torch.no_grad():
-        for parameter in potential.parameters():
-            parameter.add_(noise * torch.randn_like(parameter))
-    return potential.to(dtype=dtype).eval()
-
-
-def make_atom(atomic_number: int = 6) -> Graph:
-    return Graph(atomic_numbers=np.array([atomic_number]), positions=np.array([[0.3, -0.2, 0.7]]), group="atom")
+    return make_any_potential(OPTIONS[options], dtype, seed, noise, **changes)
 
 
 def make_symmetric(name: str) -> Graph:
@@ -77,10 +68,6 @@ def get_structures(options: str) -> dict[str, Graph]:
     return {"ethanol": make_molecule(), "benzene": ring, **crystals}
 
 
-def transform(graph: Graph, matrix: np.ndarray) -> Graph:
-    return move(graph, graph.positions @ matrix.T, None if graph.cell is None else graph.cell @ matrix.T)
-
-
 def check_orthogonal(options: str, matrix: np.ndarray) -> None:
     potential, deviations = make_potential(options), {}
     for name, graph in get_structures(options).items():
@@ -91,12 +78,12 @@ def check_orthogonal(options: str, matrix: np.ndarray) -> None:
     check_deviations(deviations, 1e-10)
 
 
-@options
+@further
 def test_rotation(options: str) -> None:
     check_orthogonal(options, Rotation.from_rotvec([0.7, -1.1, 2.0]).as_matrix())
 
 
-@pytest.mark.parametrize("options", [name for name, section in OPTIONS.items() if section.parity])
+@pytest.mark.parametrize("options", [name for name in FURTHER if OPTIONS[name].parity])
 def test_inversion_with_parity(options: str) -> None:
     check_orthogonal(options, -np.eye(3))
 
@@ -120,7 +107,7 @@ def test_mirror_images_differ_without_parity() -> None:
     assert 1e-5 < differences[False].mean() < 1.0
 
 
-@options
+@further
 def test_translation_and_permutation(options: str) -> None:
     potential, deviations = make_potential(options), {}
     for name, graph in get_structures(options).items():
@@ -137,36 +124,18 @@ def test_translation_and_permutation(options: str) -> None:
     check_deviations(deviations, 1e-10)
 
 
-@options
+@further
 def test_forces_are_minus_the_slope_of_the_energy(options: str) -> None:
-    potential, deviations = make_potential(options), {}
-    stencil, step = {-2: 1 / 12, -1: -2 / 3, 1: 2 / 3, 2: -1 / 12}, 2e-4
+    potential, deviations, step = make_potential(options), {}, 2e-4
     for name, graph in get_structures(options).items():
         if name == "benzene":
             graph = Graph(atomic_numbers=graph.atomic_numbers[:6], positions=1.4 * graph.positions[:6])  # noqa: PLW2901
-        slopes = np.zeros((graph.num_atoms, 3))
-        for atom in range(graph.num_atoms):
-            for axis in range(3):
-                moves = [
-                    move(
-                        graph,
-                        graph.positions + point * step * np.eye(3 * graph.num_atoms)[3 * atom + axis].reshape(-1, 3),
-                    )
-                    for point in stencil
-                ]
-                slopes[atom, axis] = compute(potential, *moves)["energy"] @ np.array(list(stencil.values())) / step
+        slopes = differentiate(potential, displace(graph, step), step).reshape(-1, 3)
         deviations[name] = measure(compute(potential, graph)["forces"], -slopes)
     check_deviations(deviations, 1e-8)
 
 
-def compute_energy_of_positions(potential: Potential, graph: Graph, positions: torch.Tensor) -> torch.Tensor:
-    """Return the learned energy with a graph back to the positions, the pairs as they are."""
-    batch = dataclasses.replace(make_batch([graph], potential.cutoffs), positions=positions)
-    energies: torch.Tensor = potential.network(batch, compute_vectors(batch))["atom_energies"].sum()
-    return energies
-
-
-@options
+@further
 def test_second_derivatives_of_an_asymmetric_molecule(options: str) -> None:
     potential, graph = make_potential(options), make_molecule("CH3OH")
     positions = torch.from_numpy(graph.positions).requires_grad_(True)
@@ -203,6 +172,23 @@ def test_derivatives_where_sphc_differences_vanish(options: str, name: str) -> N
         deviations[f"forces {number}"] = measure(compute(potential, rotated)["forces"], forces @ matrix.T)
         deviations[f"hessian {number}"] = measure(compute_hessian(potential, rotated), big @ hessian @ big.T)
     check_deviations(deviations, {k: 1e-10 if k.startswith("forces") else 1e-8 for k in deviations})
+
+
+@pytest.mark.parametrize(("options", "jump"), [("local", 0.13867), ("smooth", 0.11064), ("zero", 0.00607)])
+def test_forces_jump_at_a_symmetric_geometry(options: str, jump: float) -> None:
+    """A length is a cone where its vector vanishes: forces differ on both sides of methane's symmetric geometry, however close.
+
+    By 0.14 eV/Å with these weights (force scale 1.3 eV/Å; 0.006 where the first SPHC are zero), 1e-3 Å from it as 1e-6 Å. At the
+    geometry itself forces are the mean of both sides.
+    """
+    potential, graph = make_potential(options), make_symmetric("CH4")
+    direction = np.random.default_rng(0).normal(size=graph.positions.shape)
+    direction /= np.linalg.norm(direction)
+    at = compute(potential, graph)["forces"]
+    for step, limit in ((1e-3, 0.02), (1e-6, 1e-3)):
+        sides = [compute(potential, move(graph, graph.positions + s * direction))["forces"] for s in (step, -step)]
+        assert np.abs(sides[0] - sides[1]).max() == pytest.approx(jump, rel=limit)
+        assert np.abs(sum(sides) / 2 - at).max() < step
 
 
 @options
@@ -270,7 +256,7 @@ def test_normalised_sphc_jump_even_if_they_start_smoothly() -> None:
     assert jump > 1e-4
 
 
-@options
+@further
 def test_a_batch_equals_its_structures_one_by_one(options: str) -> None:
     """Also where the spherical cutoff is one over the number of atoms, which differs between them."""
     potential = make_potential(options)
@@ -286,7 +272,7 @@ def test_a_batch_equals_its_structures_one_by_one(options: str) -> None:
     check_deviations(compare(together, expected), 1e-12)
 
 
-@options
+@further
 def test_no_gradient_across_structures_of_a_batch(options: str) -> None:
     potential = make_potential(options)
     batch = make_batch([make_molecule(), make_molecule("CO2"), make_molecule("CH4")], potential.cutoffs)
@@ -299,7 +285,7 @@ def test_no_gradient_across_structures_of_a_batch(options: str) -> None:
         assert torch.count_nonzero(gradient[own]) > 0
 
 
-@options
+@further
 def test_one_atom(options: str) -> None:
     potential = make_potential(options)
     outputs = compute(potential, make_atom(6))
@@ -308,7 +294,7 @@ def test_one_atom(options: str) -> None:
     assert compute(potential, make_atom(8))["energy"] != outputs["energy"]
 
 
-@options
+@further
 @pytest.mark.parametrize("graphs", [[], [make_atom()], [make_molecule(), make_molecule("H2", None)]])
 def test_every_weight_has_a_gradient_whatever_the_batch(options: str, graphs: list[Graph]) -> None:
     """Processes that got nothing must reduce the same gradients as the others."""
@@ -325,7 +311,7 @@ def test_every_weight_has_a_gradient_whatever_the_batch(options: str, graphs: li
         assert zero == ["network.layers.0.attention.spherical_filter.hidden.weight"] * (options == "zero")
 
 
-@options
+@further
 def test_gradients_of_a_force_loss_against_differences(options: str) -> None:
     potential = make_potential(options).train()
     batch = make_batch([make_molecule("CH3OH"), make_molecule("CO2")], potential.cutoffs)
@@ -355,45 +341,6 @@ def test_gradients_of_a_force_loss_against_differences(options: str) -> None:
     check_deviations(deviations, 1e-5)
 
 
-def make_cumulene(num_carbons: int, angle: float) -> Graph:
-    """Return H2C(=C)...=CH2 along z, one end turned about the axis."""
-    carbons = np.stack([np.zeros(num_carbons), np.zeros(num_carbons), 1.31 * np.arange(num_carbons)], axis=1)
-    ends = []
-    for end, phase in ((0, 0.0), (num_carbons - 1, angle)):
-        outwards = -0.55 if end == 0 else 0.55
-        for turn in (0.0, np.pi):
-            direction = np.array([0.93 * np.cos(phase + turn), 0.93 * np.sin(phase + turn), outwards])
-            ends.append(carbons[end] + direction)
-    numbers = np.array([6] * num_carbons + [1] * 4)
-    return Graph(atomic_numbers=numbers, positions=np.concatenate([carbons, np.array(ends)]))
-
-
-def compute_rotation_profile(options: str, seed: int = 0, **changes: object) -> np.ndarray:
-    """Return energies of a cumulene against the angle of one end, 19.7 Å from the other, with a cutoff of 3 Å."""
-    potential = make_potential(options, seed=seed, cutoff=3.0, **changes)
-    return compute(potential, *(make_cumulene(16, angle) for angle in np.linspace(0, np.pi / 2, 7)))["energy"]
-
-
-@pytest.mark.parametrize("changes", [{}, {"initial_sphc": "smooth"}, {"layer_norm": True, "sphc_norm": True}])
-def test_a_local_model_does_not_see_both_ends_of_a_cumulene(changes: dict[str, object]) -> None:
-    """Two layers and the first SPHC reach 3 x 3 Å; an atom that sees both ends would have to reach half of 19.7 Å."""
-    assert np.ptp(compute_rotation_profile("local", **changes)) < 1e-10
-
-
-def test_a_local_model_sees_both_ends_of_a_short_cumulene() -> None:
-    """A check that the law above can fail."""
-    energies = compute(make_potential("local", cutoff=3.0), *(make_cumulene(4, angle) for angle in (0.0, 0.7)))[
-        "energy"
-    ]
-    assert np.ptp(energies) > 1e-6
-
-
-@pytest.mark.parametrize("options", ["non_local", "normalised", "degree_0"])
-def test_a_non_local_model_sees_both_ends_of_a_cumulene(options: str) -> None:
-    ranges = [np.ptp(compute_rotation_profile(options, seed)) for seed in range(3)]
-    assert min(ranges) > 1e-6
-
-
 def compute_excess(potential: Potential, distance: float) -> float:
     """Return the energy of two molecules at a distance in Å, less their energies alone."""
     first, second = make_molecule(), make_molecule("CH3OH")
@@ -402,17 +349,22 @@ def compute_excess(potential: Potential, distance: float) -> float:
     return energies[0] - energies[1] - energies[2]
 
 
-@pytest.mark.parametrize("options", LOCAL)
+@pytest.mark.parametrize("options", [name for name in FURTHER if not OPTIONS[name].non_local])
 def test_distant_molecules_add_up_in_a_local_model(options: str) -> None:
     check_deviations({"energy": abs(compute_excess(make_potential(options), 30.0))}, 1e-12)
 
 
-@pytest.mark.parametrize("sphc_cutoff", [0.0, 0.1])
-def test_distant_molecules_do_not_add_up_in_a_non_local_model(sphc_cutoff: float) -> None:
+@pytest.mark.parametrize(
+    ("sphc_cutoff", "expected"), [(0.0, (-0.793e-3, -1.428e-3, -1.170e-3)), (0.1, (-0.01137, -0.07706, -0.02683))]
+)
+def test_distant_molecules_do_not_add_up_in_a_non_local_model(sphc_cutoff: float, expected: tuple[float, ...]) -> None:
     """The softmax runs over all atoms and its cutoff is one over their number, or any share of them; distance does not matter.
-    Two alcohols 300 Å apart have 1e-3 eV less than alone with these weights (force scale 1.3 eV/Å), 0.1 eV with a fixed cutoff."""
+
+    Two alcohols 300 Å apart have 0.8 to 1.4 meV less than alone with three sets of random weights (force scale 1.3 eV/Å), and
+    11 to 77 meV less with a fixed cutoff.
+    """
     potentials = [make_potential("non_local", seed=seed, sphc_cutoff=sphc_cutoff) for seed in range(3)]
     excess = np.array([[compute_excess(p, distance) for distance in (300.0, 3e7)] for p in potentials])
-    assert np.abs(excess).min() > 1e-4
+    np.testing.assert_allclose(excess[:, 0], expected, rtol=1e-3)
     # Only directions between them change, by the ratio of their sizes to the distance.
-    np.testing.assert_allclose(excess[:, 0], excess[:, 1], rtol=0.1)
+    np.testing.assert_allclose(excess[:, 0], excess[:, 1], rtol=0.02)

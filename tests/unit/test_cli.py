@@ -49,6 +49,33 @@ def test_train_help_shows_examples(capsys):
     assert "The same command resumes" in out
 
 
+def test_a_reader_that_has_enough():
+    """As in `so3krates doctor | head`: neither a traceback nor a failure."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "so3krates_dist.cli", "info", "--config"]
+    result = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, check=False, timeout=60)
+    os.close(writing)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_options_of_the_model_that_do_not_count_are_said_before_training(capsys, monkeypatch):
+    from so3krates_dist.train import loop
+
+    monkeypatch.setattr(loop, "run_training", lambda _: 0)
+    code, _, err = run_main(capsys, "train", "run=md17", "model.name=geomatt")
+    assert code == 0
+    assert (
+        err == "note: model options of run=md17 are those of euclidean_transformer, not of geomatt, and were left out\n"
+    )
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    assert run_main(capsys, "train", "run=md17", "model.name=geomatt")[2] == "", "one process says it"
+
+
 def test_version(capsys):
     assert run_main(capsys, "--version")[:2] == (0, f"{__version__}\n")
 
@@ -81,7 +108,7 @@ def test_a_malformed_command_line_is_one_line(capsys, words, expected):
         (("train",), EXIT_CONFIG, "data.folder must name a data set; got nothing."),
         (("train", "data.folder=/nowhere"), EXIT_DATA, "/nowhere must hold a manifest.json; got no such file."),
         (("validate", "/nowhere"), EXIT_DATA, "/nowhere must hold a manifest.json"),
-        (("info", "/nowhere"), CheckpointError.exit_code, "/nowhere must be a run folder; got no config.yaml in it."),
+        (("info", "/nowhere"), CheckpointError.exit_code, "/nowhere must be a run folder or hold a model; got neither"),
     ],
 )  # fmt: skip
 def test_what_a_user_can_mend_is_one_line_and_an_exit_code(capsys, words, code, expected):

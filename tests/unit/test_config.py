@@ -132,6 +132,13 @@ WRONG = [
     ("model.name=so3krates model.non_local=true model.sphc_cutoff=-1", "model.sphc_cutoff must be zero or greater; got -1.0."),
     ("model.name=so3krates model.initial_sphc=random", "must be one of published, smooth, zero; got 'random'."),
     ("model.sphc_normalization=-1", "model.sphc_normalization must be zero or greater; got -1.0."),
+    *(
+        (
+            f"model.name=so3lr model.electrostatics={method} model.long_range_cutoff=0",
+            f"model.long_range_cutoff must not be 0 with dispersion beside {method}; got 0.0. Set it to 12: crystals need an end",
+        )
+        for method in ("ewald", "pme")
+    ),
     ("model.name=so3lr model.long_range_cutoff=9.5", "model.long_range_cutoff must be 0 (none) or at least 10 Å; got 9.5."),
     (
         "model.name=so3lr model.cutoff=11 model.long_range_cutoff=10",
@@ -141,6 +148,16 @@ WRONG = [
     ("model.name=so3lr model.electrostatic_damping=0", "model.electrostatic_damping must be greater than zero; got 0.0."),
     ("model.name=so3lr model.dispersion_damping=-1", "model.dispersion_damping must be greater than zero; got -1.0."),
     ("model.name=so3lr model.electrostatics=p3m", "must be one of none, cutoff, ewald, pme; got 'p3m'."),
+    ("model.name=geomatt model.orders=[2.5]", "model.orders (command line) must be a list of integers, e.g. [1,2,3]; got [2.5]."),
+    (
+        "model.name=so3lr model.electrostatics=none model.electrostatic_damping=3",
+        "model.electrostatic_damping must be left at 4 without model.electrostatics; got 3.0. Leave it out.",
+    ),
+    (
+        "model.name=so3lr model.electrostatics=none model.dispersion=false model.long_range_cutoff=15",
+        "model.long_range_cutoff must be left at 12 without model.dispersion and model.electrostatics; got 15.0.",
+    ),
+    ("model.name=so3lr model.dispersion=false model.dispersion_damping=1", "must be left at 1.2 without model.dispersion;"),
     ("model.name=geomatt model.orders=[]", "model.orders must be ascending integers from 2 to 5; got []."),
     ("model.name=geomatt model.orders=[3,2]", "model.orders must be ascending integers from 2 to 5; got [3, 2]."),
     ("model.name=geomatt model.orders=[1,2]", "model.orders must be ascending integers from 2 to 5; got [1, 2]."),
@@ -151,7 +168,7 @@ WRONG = [
     ("model.name=geomatt model.grid_start=-1", "model.grid_start must be zero or greater; got -1.0."),
     (
         "model.name=geomatt model.grid_end=1 model.grid_start=1",
-        "model.grid_end must be more than one spacing (0.05 Å) above model.grid_start; got 1.0.",
+        "model.grid_end must be at least two spacings (0.1 Å) above model.grid_start; got 1.0.",
     ),
     (
         "model.name=geomatt model.order_gains=[1,2]",

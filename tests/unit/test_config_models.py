@@ -9,7 +9,7 @@ import pytest
 from so3krates_dist import config
 from so3krates_dist.config import MODEL_SECTIONS, RunConfig, load_config, loading
 from so3krates_dist.errors import ConfigError
-from so3krates_dist.model import layer, radial, registry
+from so3krates_dist.model import layer, potential, radial, registry
 
 SECTIONS = typing.get_type_hints(RunConfig)
 SCHEMAS = [(name, section) for name, section in SECTIONS.items() if name != "model"]
@@ -31,6 +31,13 @@ def test_a_layer_that_names_another_model_starts_the_section_anew():
     assert changed.model == config.GeomAttSection()
     assert dataclasses.replace(changed, model=plain.model) == plain
     assert load_config(["run=md17", "model.name=so3krates"]).model == config.So3kratesSection()
+
+
+def test_options_of_an_overlay_that_do_not_count_are_said():
+    said = config.describe_left_out(["run=md17", "model.name=geomatt", "model.orders=[2]"])
+    assert said == ["model options of run=md17 are those of euclidean_transformer, not of geomatt, and were left out"]
+    assert config.describe_left_out(["run=md17", "model.num_layers=2"]) == []
+    assert config.describe_left_out(["model.name=geomatt"]) == []
 
 
 def test_options_beside_the_name_of_the_model_are_kept():
@@ -79,10 +86,20 @@ def test_what_the_data_pipeline_knows_of_a_model():
         "euclidean_transformer", "so3lr",
     ]  # fmt: skip
     assert not config.EuclideanTransformerSection(message_scale="sqrt_features").uses_mean_neighbors
-    assert {name: set(schema.sees) for name, schema in MODEL_SECTIONS.items()} == {
+    assert {name: set(schema().sees) for name, schema in MODEL_SECTIONS.items()} == {
         "so3krates": {"cell"}, "euclidean_transformer": {"cell"}, "geomatt": set(), "geomatt_envelope": {"cell"},
         "so3lr": {"cell", "total_charge", "num_unpaired_electrons"},
     }  # fmt: skip
+    assert config.So3kratesSection(non_local=True).sees == set()
+    assert config.So3lrSection(spin_embedding=False).sees == {"cell", "total_charge"}
+    assert config.So3lrSection(charge_embedding=False).sees == config.So3lrSection().sees, "charges add up to it"
+    assert not any(schema().image_density for schema in MODEL_SECTIONS.values())
+    assert [name for name, schema in MODEL_SECTIONS.items() if schema().cuts_electrostatics] == ["so3lr"]
+    for method in ("ewald", "pme"):
+        sums = config.So3lrSection(electrostatics=method)
+        assert (sums.reach, dataclasses.replace(sums, dispersion=False).reach) == (12.0, 4.5)
+        assert dataclasses.replace(sums, dispersion=False, long_range_cutoff=0.0).reach == 4.5
+        assert not sums.cuts_electrostatics
     assert {name: set(schema.outputs) for name, schema in MODEL_SECTIONS.items() if schema.outputs} == {
         "so3lr": {"dipole", "partial_charges", "hirshfeld_ratios"}
     }
@@ -138,3 +155,12 @@ def test_a_choice_and_the_table_beside_the_classes_are_equal(name, table):
     ]
     assert offered
     assert all(set(choices) == set(table) for choices in offered)
+
+
+@pytest.mark.parametrize("name", ["so3krates", "euclidean_transformer", "so3lr"])
+@pytest.mark.parametrize("num_features", [1, 2, 3])
+def test_the_smallest_widths_can_be_built(name, num_features):
+    """Widths that follow from others are at least one."""
+    section = MODEL_SECTIONS[name](num_features=num_features, num_heads=1, degrees=(1,), num_layers=1)
+    statistics = potential.ModelStatistics(elements=(1,), energy_baselines={}, energy_scale=1.0, mean_neighbors=1.0)
+    assert all(weight.numel() for weight in registry.build_model(section, statistics).parameters())

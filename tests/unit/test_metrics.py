@@ -17,7 +17,7 @@ from typing import Literal
 import pytest
 
 from so3krates_dist import metrics
-from so3krates_dist.config import MetricsSection, RunConfig, RunSection, TrainSection
+from so3krates_dist.config import MetricsSection, RunConfig, RunSection, So3lrSection, TrainSection
 from so3krates_dist.errors import DataError
 from so3krates_dist.metrics import METRICS_NAME, MetricsLogger, Record, format_record, print_table, read_metrics
 
@@ -313,6 +313,16 @@ def test_line_has_human_units() -> None:
     )
     assert format_record("event", 7, {"event": "resumed"}, 10) == "step  7/10  event       event resumed"
     assert metrics.format_duration(59.6) == "1:00"
+
+
+def test_lines_have_what_is_trained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train = TrainSection(energy_weight=0.0, forces_weight=0.0, dipole_weight=1.0, hirshfeld_weight=1.0)
+    config = RunConfig(model=So3lrSection(), train=train, metrics=MetricsSection(wandb="off"))
+    values = {"energy_mae_per_atom": 0.5, "forces_mae": 0.5, "dipole_mae": 0.25, "hirshfeld_ratios_mae": 0.001}
+    with MetricsLogger(tmp_path, config, is_main=True) as logger:
+        logger.log("validation", 3, values)
+    assert capsys.readouterr().out.split("validation")[1].strip() == "dipole 250.00 me Å  Hirshfeld 1.00e-3"
+    assert read_metrics(tmp_path / "metrics.jsonl")[0].items() >= values.items(), "the record has all"
 
 
 def test_lines_have_eta_from_the_second_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+import re
 
 import numpy as np
 import pytest
@@ -188,6 +189,45 @@ def test_all_pairs_of_a_crystal_are_refused() -> None:
     )
     with pytest.raises(DataError, match=message):
         build_neighbors(crystal, 4.0, math.inf)
+
+
+@pytest.mark.parametrize("pbc", [(True, True, True), (True, True, False), (True, False, False)])
+def test_more_pairs_than_memory_holds_are_refused_before_they_are_listed(pbc, monkeypatch) -> None:
+    crystal = make_small_cell()
+    crystal.group, crystal.pbc = "salt", np.array(pbc)
+    reach = {3: 1000.0, 2: 2e5, 1: 1e9}[sum(pbc)]
+    monkeypatch.setattr(neighbors, "_pairs_from_cell_list", None)  # it would take forever
+    message = (
+        rf"^salt must have at most 1e\+08 pairs of atoms up to {re.escape(f'{reach:g}')} Å; got about [\d.]+e\+\d+\. "
+        r"Set a shorter long-range cutoff, or take a smaller structure\.$"
+    )
+    with pytest.raises(DataError, match=message):
+        build_neighbors(crystal, 4.0, reach)
+
+
+def test_all_pairs_of_a_huge_molecule_are_refused() -> None:
+    with pytest.raises(
+        DataError, match=r"structure must have at most 1e\+08 pairs of atoms up to any distance; got about 2.0e\+08"
+    ):
+        build_neighbors(make_molecule(20_000, 1e4), 5.0, math.inf)
+
+
+def test_a_reach_far_beyond_a_molecule_takes_no_longer_than_all_pairs(monkeypatch) -> None:
+    monkeypatch.setattr(neighbors, "MAX_PAIRS", 20_000)
+    molecule = make_molecule(200, 50.0)
+    assert len(build_neighbors(molecule, 5.0, 1e6).pair_first) == 19_900
+
+
+@pytest.mark.parametrize("pbc", list(itertools.product([False, True], repeat=3)))
+@pytest.mark.parametrize("reach", [6.0, 15.0, 40.0])
+def test_the_number_of_pairs_is_estimated_well(pbc, reach: float) -> None:
+    """Disordered structures of one density, larger and smaller than the reach: within a tenth, or a factor where edges count."""
+    graph = make_molecule(300, 13.0)
+    graph.pbc, graph.cell = np.array(pbc), 13.0 * np.eye(3) + np.array([[0, 2.0, -1.0], [0, 0, 3.0], [0, 0, 0]])
+    if not any(pbc):
+        graph.pbc = graph.cell = None
+    share = neighbors._estimate_pairs(graph, reach) / len(build_neighbors(graph, 3.0, reach).pair_first)
+    assert (0.9 < share < 1.1) if all(pbc) else (0.9 < share < 2.5)
 
 
 def test_building_again_with_another_reach_starts_anew() -> None:

@@ -107,7 +107,7 @@ def test_force_statistics_are_over_components_and_the_largest_over_norms() -> No
 
 
 def test_mean_neighbors_average_over_conformers_not_over_atoms() -> None:
-    """Spec trap 16: a dimer (one neighbour) and four atoms within reach (three neighbours) have two on average, not 2.33."""
+    """A dimer (one neighbour) and four atoms within reach (three neighbours) have two on average, not 2.33."""
     dimer = Graph(atomic_numbers=np.ones(2, int), positions=np.eye(3)[:2])
     square = Graph(atomic_numbers=np.ones(4, int), positions=np.array([[0, 0, 0], [1, 0, 0], [0, 1, 0], [1, 1, 0.0]]))
     counted = count_neighbors([dimer, square])

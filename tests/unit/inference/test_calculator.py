@@ -188,6 +188,7 @@ def test_charge_and_spin_reach_the_model(morse: Potential) -> None:
         ({"charge": 1, "spin": 1}, (1, 1)),
         ({"charge": 1, "spin": 0}, (1, 0)),  # no multiplicity is zero
         ({"charge": np.int64(1), "spin": np.float64(4)}, (1, 3)),
+        ({"charge": 1, "total_charge": 1, "spin": 2, "multiplicity": 2, "uhf": 1.0, "Q": [1, 2]}, (1, 1)),  # they agree
     ],
 )
 def test_parity_tells_multiplicity_from_unpaired_electrons(info: dict, expected: tuple[int, int]) -> None:
@@ -201,12 +202,26 @@ def test_parity_tells_multiplicity_from_unpaired_electrons(info: dict, expected:
         ({"charge": "plus"}, r'atoms\.info\["charge"\] must be a whole number; got \'plus\''),
         ({"charge": float("nan")}, r'atoms\.info\["charge"\] must be a whole number; got nan'),
         ({"spin": -1}, r'atoms\.info\["spin"\] must be a whole number, zero or greater; got -1'),
+        ({"total_charge": 1}, r'atoms\.info\["total_charge"\] must agree with the charge that is taken'),
+        ({"charge": 1, "Q": np.int64(-1)}, r'atoms\.info\["Q"\] must agree with the charge'),
+        (
+            {"multiplicity": 3},
+            r'atoms\.info\["multiplicity"\] must agree with the spin .* State it as "spin", or remove',
+        ),
+        ({"spin_multiplicity": 2, "charge": 1, "spin": 4}, r'atoms\.info\["spin_multiplicity"\] must agree'),
+        ({"uhf": 2}, r'atoms\.info\["uhf"\] must agree with the spin'),
         ({"spin": [1]}, r'atoms\.info\["spin"\] must be a whole number, zero or greater'),
     ],
 )
 def test_impossible_charge_or_spin(info: dict, text: str) -> None:
     with pytest.raises(DataError, match=text):
         read_electrons(Atoms("Ar", info=info))
+
+
+@pytest.mark.parametrize("device", ["foo", "cuda:63"])
+def test_a_device_that_is_not_there(morse: Potential, device: str) -> None:
+    with pytest.raises(ConfigError, match=r"^device must be .*; got .*\. Take cpu"):
+        So3kratesCalculator(morse, device=device)
 
 
 def test_single_atom_has_its_own_energy(morse: Potential) -> None:

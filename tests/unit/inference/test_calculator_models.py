@@ -13,6 +13,7 @@ from ase import Atoms
 from ase.build import molecule
 from ase.calculators.calculator import PropertyNotImplementedError
 from ase.calculators.fd import calculate_numerical_forces, calculate_numerical_stress
+from scipy.spatial.transform import Rotation
 
 from so3krates_dist.config import MODEL_SECTIONS, GeomAttSection, ModelSection, So3kratesSection, So3lrSection
 from so3krates_dist.data.neighbors import build_neighbors
@@ -22,7 +23,7 @@ from so3krates_dist.inference.calculator import So3kratesCalculator, make_graph
 from so3krates_dist.inference.dynamics import run_nve
 from so3krates_dist.inference.interop import import_so3lr
 from so3krates_dist.model.potential import ModelStatistics, Potential
-from so3krates_dist.model.registry import build_model, save_model
+from so3krates_dist.model.registry import build_model, load_model, save_model
 
 SO3LR = So3lrSection(num_features=16, num_layers=1, num_heads=2, degrees=(1, 2), num_radial_basis=4)
 STATISTICS = ModelStatistics(elements=(1, 6, 8), energy_baselines={}, energy_scale=1.0, mean_neighbors=6.0)
@@ -51,6 +52,7 @@ def test_long_range_cutoff_of_a_model_and_of_its_folder(tmp_path: Path) -> None:
         "12": {"long_range_cutoff": 12.0},
         "20": {"long_range_cutoff": 20},
         "none": {"long_range_cutoff": None},
+        "0": {"long_range_cutoff": 0},
     }.items():
         from_model, from_folder = (
             So3kratesCalculator(m, dtype="float64", **options).get_potential_energy(atoms)
@@ -59,8 +61,37 @@ def test_long_range_cutoff_of_a_model_and_of_its_folder(tmp_path: Path) -> None:
         assert from_model == pytest.approx(from_folder, abs=1e-12)
         energies[name] = from_model
     assert energies["own"] == energies["12"]
+    assert energies["none"] == energies["0"]
     assert len({round(e, 9) for e in energies.values()}) == 3
     assert potential.section == SO3LR, "the caller's model stays as it is"
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_loaded_model_gives_what_its_folder_gives(seed: int, tmp_path: Path) -> None:
+    """In float64 from a model in float32, on rotated methane: with rounded Wigner symbols SPHC that vanish by symmetry do not."""
+    section = So3kratesSection(num_features=24, num_layers=2, num_radial_basis=8)
+    save_model(tmp_path, section, STATISTICS, make_model(section).state_dict(), {})
+    atoms = molecule("CH4")
+    atoms.positions = atoms.positions @ Rotation.random(random_state=seed).as_matrix().T
+    results = []
+    for model in (tmp_path, load_model(tmp_path), load_model(tmp_path).double()):
+        atoms.calc = So3kratesCalculator(model, dtype="float64")
+        results.append((atoms.get_potential_energy(), atoms.get_forces()))
+    for energy, forces in results[1:]:
+        assert energy == results[0][0]
+        np.testing.assert_array_equal(forces, results[0][1])
+
+
+@pytest.mark.parametrize("value", ["far", [12.0], "of the Model"])
+def test_a_long_range_cutoff_that_is_no_number(value: object) -> None:
+    with pytest.raises(ConfigError, match=r"^long_range_cutoff must be a number in Å, or None for no end; got "):
+        So3kratesCalculator(make_model(SO3LR), long_range_cutoff=value)  # type: ignore[arg-type]
+
+
+def test_a_long_range_cutoff_that_has_no_effect() -> None:
+    model = make_model(dataclasses.replace(SO3LR, electrostatics="none", dispersion=False))
+    with pytest.raises(ConfigError, match=r"model\.long_range_cutoff must be left (out|at 12) "):
+        So3kratesCalculator(model, long_range_cutoff=20.0)
 
 
 @pytest.mark.parametrize(("value", "got"), [(5.0, "5"), (float("nan"), "nan"), (-1.0, "-1")])
@@ -166,6 +197,13 @@ class TestUnpairedElectrons:
         assert energies[1] == energies[2] != energies[0]
 
 
+def test_charges_of_a_sign_that_was_never_trained_are_refused() -> None:
+    calculator = So3kratesCalculator(make_model(SO3LR, charge_signs=(1,)))
+    assert np.isfinite(calculator.get_potential_energy(make_methanol(charge=1, spin=0)))
+    with pytest.raises(DataError, match=r"^CH4O must have no negative charge: the model saw no structure with one"):
+        calculator.get_potential_energy(make_methanol(charge=-1, spin=0))
+
+
 class TestWhatAModelIgnores:
     def test_it_is_said_once(self) -> None:
         calculator = So3kratesCalculator(make_model(So3kratesSection(num_features=12, num_layers=1)))
@@ -193,6 +231,34 @@ class TestWhatAModelIgnores:
             DataError, match=r"CH4O must be a molecule for this model; got a periodic structure\. Take a"
         ):
             So3kratesCalculator(make_model(section)).get_potential_energy(atoms)
+
+    def test_charged_crystals_are_noted_where_electrostatics_is_cut_off(self) -> None:
+        calculator = So3kratesCalculator(make_model(SO3LR))
+        atoms = make_methanol(charge=1)
+        atoms.info["spin"] = 0
+        calculator.get_potential_energy(atoms)  # a molecule: a warning would be an error here
+        atoms.set_cell(15 * np.eye(3))
+        atoms.pbc = True
+        with pytest.warns(
+            UserWarning, match=r"charged periodic structures.*cut off; model\.electrostatics=ewald"
+        ) as found:
+            calculator.get_potential_energy(atoms)
+        assert len(found) == 1
+        atoms.rattle(0.01)
+        calculator.get_potential_energy(atoms)
+        none = So3kratesCalculator(make_model(dataclasses.replace(SO3LR, electrostatics="none")))
+        none.get_potential_energy(atoms)
+        pytest.importorskip("torchpme")
+        So3kratesCalculator(make_model(dataclasses.replace(SO3LR, electrostatics="ewald"))).get_potential_energy(atoms)
+
+    def test_large_boxes_are_refused_for_sums_over_all_images(self) -> None:
+        pytest.importorskip("torchpme")
+        atoms = make_methanol()
+        atoms.set_cell(999.9 * np.eye(3))
+        atoms.pbc = True
+        calculator = So3kratesCalculator(make_model(dataclasses.replace(SO3LR, electrostatics="ewald")))
+        with pytest.raises(DataError, match="CH4O must have lattice vectors of at most 468 Å on average"):
+            calculator.get_potential_energy(atoms)
 
     def test_slabs_are_refused_for_sums_over_all_images(self) -> None:
         pytest.importorskip("torchpme")

@@ -15,6 +15,7 @@ from matplotlib.image import imread
 from so3krates_dist.errors import CheckpointError, ConfigError, DataError
 from so3krates_dist.graph import Graph
 from so3krates_dist.inference import dynamics
+from so3krates_dist.inference.calculator import read_electrons
 from so3krates_dist.inference.dynamics import (
     compute_drift,
     count_degrees_of_freedom,
@@ -189,10 +190,13 @@ def test_manifest_that_lists_what_is_not_there(tmp_path: Path) -> None:
         find_conformer(data, "lost")
 
 
-def test_charge_and_multiplicity_go_along() -> None:
+def test_charge_and_unpaired_electrons_go_along() -> None:
     graph = make_cluster(0)
     graph.total_charge, graph.num_unpaired_electrons = 1.0, 1.0
-    assert make_atoms(graph).info == {"charge": 1, "spin": 2}
+    assert make_atoms(graph).info == {"charge": 1, "spin": 1}
+    assert read_electrons(make_atoms(graph)) == (1.0, 1.0 if (graph.atomic_numbers.sum() - 1) % 2 else 0.0)
+    graph.num_unpaired_electrons = 2.0  # also where the parity does not fit
+    assert read_electrons(make_atoms(graph))[1] == (1.0 if (graph.atomic_numbers.sum() - 1) % 2 else 2.0)
     assert not make_atoms(graph).pbc.any()
 
 
@@ -246,6 +250,16 @@ def test_verb_writes_where_it_is_told(run_folder: Path, tmp_path: Path, capsys: 
     assert (tmp_path / "there/it/is/nve.json").is_file()
     assert f"written to {tmp_path / 'there/it/is'}\n" in capsys.readouterr().out
     assert not (run_folder / "dynamics").exists()
+
+
+def test_verb_refuses_a_file_before_it_computes(
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(dynamics, "run_nve", lambda *_, **__: pytest.fail("it was computed"))
+    for out in ("file", "file/below"):
+        with pytest.raises(DataError, match=f"{out} must be a folder that can be written to; got .*--out"):
+            dynamics.run(parse(run_folder, "--picoseconds", 0.01, "--out", tmp_path / out))
 
 
 def test_verb_refuses_what_is_no_structure(run_folder: Path, tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from so3krates_dist.graph import Graph
 from so3krates_dist.inference import attention_pictures
 from so3krates_dist.inference.attention_pictures import BLUE, VERMILLION, Panel, find_strongest, plot_attention
 from so3krates_dist.inference.explain import Explanation, explain, make_arrays, read_structure, write_explanation
+from so3krates_dist.model.geomatt_paths import MatrixPath
 from so3krates_dist.model.potential import Potential, compute_vectors
 from so3krates_dist.model.record import AttentionRecord
 from so3krates_dist.model.registry import NETWORKS, build_model, save_model
@@ -407,6 +408,9 @@ def test_charge_reaches_the_model() -> None:
     assert np.abs(first - second).max() > 1e-6
     radical = Atoms("CH3", positions=[[0, 0, 0], [1.1, 0, 0], [-0.5, 1, 0], [-0.5, -1, 0]])
     assert explain(potential, radical).graph.num_unpaired_electrons == 0  # it saw none in training, and none is stated
+    (line,) = explain(potential, radical).notes
+    assert line.startswith("CH3 has an odd number of electrons and states no spin; this model")
+    assert explain(potential, neutral).notes == ()
     radical.info["spin"] = 2
     with pytest.raises(DataError, match="unpaired electrons"):
         explain(potential, radical)
@@ -422,7 +426,8 @@ def test_charge_reaches_the_model() -> None:
         (("mine", "water.xyz", "--index", "-2"), EXIT_DATA, "water.xyz must have a structure of index -2; got 1 of them"),
         (("mine", "argon.xyz"), EXIT_DATA, "Ar must have only elements the model was trained on (H, C, N, O); got Ar"),
         (("mine", "water.xyz", "--spin", "-1"), EXIT_DATA, 'atoms.info["spin"] must be a whole number, zero or greater'),
-        (("mine", "water.xyz", "--out", "water.xyz"), EXIT_DATA, "water.xyz must be a folder; got a file"),
+        (("mine", "water.xyz", "--out", "water.xyz"), EXIT_DATA, "water.xyz must be a folder that can be written to; got a file"),
+        (("mine", "water.xyz", "--out", "water.xyz/below"), EXIT_DATA, "water.xyz/below must be a folder that can be written to"),
     ],
 )  # fmt: skip
 def test_mistakes_are_one_line(
@@ -445,6 +450,30 @@ def test_mistakes_are_one_line(
 def test_models_for_molecules_refuse_crystals(model: str) -> None:
     with pytest.raises(DataError, match=r"must .*(molecule|periodic).*; got .*"):
         explain(make_model(model), make_atoms("triclinic"))
+
+
+def test_structures_with_too_many_pairs_are_refused() -> None:
+    atoms = Atoms("H1001", positions=2.0 * np.arange(3003).reshape(-1, 3))
+    rule = r"^H1001 must have at most 1000 atoms to be explained; got 1001\. Cut out the part that matters\.$"
+    with pytest.raises(DataError, match=rule):
+        explain(make_model("geomatt"), atoms)
+
+
+def test_geomatt_keeps_one_order_of_one_layer_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All pairs times all channels is what fills it."""
+    sizes: list[int] = []
+    model, expand = make_model("geomatt"), MatrixPath.expand
+    channels = max(w.shape[1:3].numel() for name, w in model.named_parameters() if name.endswith("pair_weight"))
+
+    def watch(path: MatrixPath, weights: list[torch.Tensor]) -> list[torch.Tensor]:
+        sizes.append(sum(w.shape[:3].numel() for w in weights))
+        return expand(path, weights)
+
+    monkeypatch.setattr(MatrixPath, "expand", watch)
+    maps = model.record_attention(make_batch([make_molecule()], model.cutoffs))
+    *recorded, computed = sizes  # the last call is that of the evaluation itself
+    assert len(recorded) == len(maps) == 6
+    assert max(recorded) <= channels < computed
 
 
 def test_weights_that_are_not_finite() -> None:

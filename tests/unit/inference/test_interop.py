@@ -168,8 +168,12 @@ def test_damaged_files(content: bytes, finding: str, tmp_path: Path) -> None:
 
 
 def test_a_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"No such file"):
-        import_so3lr(tmp_path / "params.pkl", tmp_path / "out", 13.0)
+    with pytest.raises(
+        CheckpointError, match=r"params\.pkl must be a file; got no such file\. Give the published params\.pkl"
+    ):
+        import_so3lr(tmp_path / "params.pkl", tmp_path / "out")
+    with pytest.raises(CheckpointError, match=r"^\. must be a file"):
+        import_so3lr(Path(), tmp_path / "out", 13.0)
 
 
 def test_names_of_numpy_before_version_two_are_read(tmp_path: Path) -> None:
@@ -222,6 +226,8 @@ def test_other_arrays(change: Callable[[dict[str, Any]], None], message: str, tm
         ({"num_features": 15}, "model.num_features must be divisible"),
         ({"cutoff_lr": 3.0}, "model.long_range_cutoff must be 0"),
         ({"num_layers": "three"}, "num_layers"),
+        ({"dispersion_energy_cutoff_lr_damping": 1.0}, "model.dispersion_energy_cutoff_lr_damping is 1.0"),
+        ({"electrostatic_energy_range": 5.0}, "model.electrostatic_energy_range is unknown here"),
     ],
 )
 def test_settings_of_another_model(changes: dict[str, Any], finding: str, tmp_path: Path) -> None:
@@ -229,6 +235,38 @@ def test_settings_of_another_model(changes: dict[str, Any], finding: str, tmp_pa
     with pytest.raises(CheckpointError, match=r"hyperparameters.json must describe SO3LR as published") as caught:
         import_so3lr(publish(tmp_path, hyperparameters=settings), tmp_path / "out")
     assert finding in str(caught.value)
+
+
+@pytest.mark.parametrize(("name", "value"), [("energy_unit", "kcal/mol"), ("length_unit", "Bohr")])
+def test_settings_in_other_units(name: str, value: str, tmp_path: Path) -> None:
+    settings = {**HYPERPARAMETERS, "data": {**HYPERPARAMETERS["data"], name: value}}
+    with pytest.raises(CheckpointError, match=rf"must describe SO3LR as published; got data\.{name} is '{value}'\."):
+        import_so3lr(publish(tmp_path, hyperparameters=settings), tmp_path / "out")
+
+
+@pytest.mark.parametrize("switch_width", [None, 2.0, 2])
+def test_settings_that_say_the_same_or_nothing_for_a_model(switch_width: float | None, tmp_path: Path) -> None:
+    harmless = {"num_features_head": 32, "input_convention": "positions", "energy_regression_dim": 16}
+    further = {"dispersion_energy_cutoff_lr_damping": switch_width, **harmless}
+    settings = {
+        **HYPERPARAMETERS,
+        "data": {**HYPERPARAMETERS["data"], "energy_unit": "eV", "length_unit": "Angstrom"},
+        "model": {**HYPERPARAMETERS["model"], **further},
+    }
+    import_so3lr(publish(tmp_path, hyperparameters=settings), tmp_path / "out")
+    assert read_model_config(tmp_path / "out")[0] == SECTION
+
+
+def test_a_mean_number_of_neighbors_at_odds_with_the_published_one(tmp_path: Path) -> None:
+    source, folder = publish(tmp_path), tmp_path / "out"
+    for value in (9.0, float("nan")):
+        with pytest.raises(
+            ConfigError, match=rf"--mean-neighbors must be what hyperparameters.json .* says, 13\.25; got {value}\."
+        ):
+            import_so3lr(source, folder, value)
+    assert not folder.exists()
+    import_so3lr(source, folder, 13.25)
+    assert read_model_config(folder)[1].mean_neighbors == 13.25
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"model": {}}', '{"model": {}, "data": {"avg_num_neighbors": -2}}'])
@@ -243,19 +281,28 @@ def test_what_is_there_is_kept_unless_it_is_ours(tmp_path: Path) -> None:
     source, folder = publish(tmp_path), tmp_path / "out"
     folder.mkdir()
     import_so3lr(source, folder)
-    import_so3lr(source, folder, 9.0)
+    settings = {**HYPERPARAMETERS, "data": {"avg_num_neighbors": 9.0}}
+    import_so3lr(publish(tmp_path, hyperparameters=settings), folder)
     assert read_model_config(folder)[1].mean_neighbors == 9.0
     (folder / "notes.txt").write_text("mine", encoding="utf-8")
-    with pytest.raises(
-        CheckpointError, match=r"out must be new, empty, or hold a model that was imported; got config.json"
-    ):
+    for name in ("evaluation", "dynamics", "explain"):  # what other verbs leave beside the model is no hindrance
+        (folder / name).mkdir()
+    (folder / "md").mkdir()
+    message = (
+        r"out must be new, empty, or hold nothing but a model that was imported; got also md, notes.txt\. "
+        r"Choose another folder, or move that away\.$"
+    )
+    with pytest.raises(CheckpointError, match=message):
         import_so3lr(source, folder)
+    (folder / "md").rmdir()
     with pytest.raises(CheckpointError, match=r"got params.pkl"):
         import_so3lr(source, source)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     (folder / "notes.txt").unlink()
     (folder / "config.json").write_text(json.dumps({**config, "provenance": {"step": 3}}), encoding="utf-8")
-    with pytest.raises(CheckpointError, match=r"hold a model that was imported"):  # a trained one
+    with pytest.raises(
+        CheckpointError, match=r"hold nothing but a model that was imported; got config.json, model.safetensors\."
+    ):  # a trained one
         import_so3lr(source, folder)
 
 
@@ -269,11 +316,12 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = publish(tmp_path)
-    assert cli.main(["import", "so3lr", str(source), "--out", str(tmp_path / "out"), "--mean-neighbors", "12"]) == 0
+    assert cli.main(["import", "so3lr", str(source), "--out", str(tmp_path / "out"), "--mean-neighbors", "13.25"]) == 0
     printed = capsys.readouterr().out
     assert "elements H C N O F P S Cl" in printed
+    assert "mean number of neighbours 13.25; long-range terms end at 12 Å, a choice" in printed
     assert "10.1021/jacs.5c09558" in printed
-    assert read_model_config(tmp_path / "out")[1].mean_neighbors == 12
+    assert read_model_config(tmp_path / "out")[1].mean_neighbors == 13.25
     source.write_bytes(b"")
     assert cli.main(["import", "so3lr", str(source), "--out", str(tmp_path / "out")]) == 1
     assert capsys.readouterr().err.startswith(f"so3krates: {source} must be a pickle")

@@ -10,8 +10,9 @@ import pytest
 import torch
 from structures import make_batch, make_crystal, make_molecule, measure
 
+from so3krates_dist.config import So3lrSection
 from so3krates_dist.errors import ConfigError, DataError
-from so3krates_dist.graph import check_periodicity, collate
+from so3krates_dist.graph import MAX_IMAGE_POINTS, check_box, check_images, collate
 from so3krates_dist.model import ewald
 from so3krates_dist.model.potential import compute_vectors
 from so3krates_dist.units import CODATA_2014_COULOMB_EV_ANGSTROM
@@ -44,22 +45,60 @@ def test_structures_are_periodic_everywhere_or_nowhere(pbc, torchpme):
     graph = dataclasses.replace(make_crystal(), pbc=np.array(pbc))
     batch = make_batch([make_crystal(), graph])
     module = ewald.ReciprocalCoulomb("ewald", 4.0)
-    check_periodicity(None, "molecule")
+    check_images(None, None, 1.0, "molecule")
     if sum(pbc) in (0, 3):
-        check_periodicity(graph.pbc, "file.xyz:1")
+        check_images(graph.pbc, graph.cell, 1.0, "file.xyz:1")
         module(batch, draw_charges(8))
         return
     flags = " ".join("FT"[p] for p in pbc)
     rule = "must be periodic along all three lattice vectors or none for Ewald or PME"
     with pytest.raises(DataError, match=rf"^file\.xyz:1 {rule}; got pbc {flags}\. Take model\.electrostatics=cutoff"):
-        check_periodicity(graph.pbc, "file.xyz:1")
+        check_images(graph.pbc, graph.cell, 1.0, "file.xyz:1")
     with pytest.raises(DataError, match=rf"^structure 1 of the batch {rule}; got pbc {flags}"):
         module(batch, draw_charges(8))
 
 
+@pytest.mark.parametrize(("method", "limit"), [("ewald", 468), ("pme", 104)])
+def test_boxes_that_do_not_fit_into_memory_are_refused(method, limit):
+    """Only where images are summed; the number of points that is estimated is the one that is used."""
+    section = So3lrSection(electrostatics=method)
+    rules = {"sees": section.sees, "reach": section.reach, "image_density": section.image_density}
+    pbc, width = np.ones(3, bool), 4 / math.sqrt(2)
+    check_box(None, 999.9 * np.eye(3), "file.xyz:1", **rules)
+    check_box(np.zeros(3, bool), 999.9 * np.eye(3), "file.xyz:1", **rules)
+    check_box(pbc, 999.9 * np.eye(3), "file.xyz:1", **{**rules, "image_density": So3lrSection().image_density})
+    check_box(pbc, np.diag([limit - 1.0] * 3), "file.xyz:1", **rules)
+    rule = rf"^file\.xyz:1 must have lattice vectors of at most {limit} Å on average for this sum of images"
+    with pytest.raises(DataError, match=rule + r"; got 999\.9 x 999\.9 x 999\.9 Å\. Take a smaller cell"):
+        check_box(pbc, 999.9 * np.eye(3), "file.xyz:1", **rules)
+    with pytest.raises(DataError, match=rule):
+        check_box(pbc, np.diag([limit + 1.0] * 3), "file.xyz:1", **rules)
+    sizes = {
+        "ewald": 2 * math.ceil(ewald.EWALD_TRUNCATION / width * limit / (2 * math.pi)) + 1,
+        "pme": ewald._round_mesh(ewald.MESH_POINTS_PER_WIDTH * limit / width),
+    }
+    assert sizes[method] ** 3 == pytest.approx(MAX_IMAGE_POINTS, rel=0.1)
+
+
+def test_molecules_against_a_loop_over_their_pairs(torchpme):
+    graphs = [make_molecule("H2O"), make_crystal(), make_molecule("CO2")]
+    charges, start = draw_charges(10), 0
+    energies = ewald.ReciprocalCoulomb("ewald", 3.0)(make_batch(graphs), charges).tolist()
+    for graph in graphs:
+        for i, j in itertools.combinations(range(graph.num_atoms), 2) if not graph.is_periodic else ():
+            distance = math.dist(graph.positions[i], graph.positions[j])
+            product = float(charges[start + i] * charges[start + j])
+            share = CODATA_2014_COULOMB_EV_ANGSTROM * product * math.erf(distance / 3) / distance / 2
+            energies[start + i] -= share
+            energies[start + j] -= share
+        start += graph.num_atoms
+    assert np.abs(energies[:3] + energies[7:]).max() < 1e-13
+    assert np.abs(energies[3:7]).min() > 1e-3
+
+
 @methods
 @pytest.mark.parametrize("structures", ["none", "molecule", "mixture", "cell_without_pbc"])
-def test_molecules_have_no_reciprocal_part_but_gradients(method, structures, torchpme):
+def test_every_batch_gives_gradients(method, structures, torchpme):
     molecule = make_molecule("H2O")
     apart = dataclasses.replace(molecule, cell=9 * np.eye(3), pbc=np.zeros(3, bool))
     graphs = {
@@ -74,7 +113,7 @@ def test_molecules_have_no_reciprocal_part_but_gradients(method, structures, tor
     points = ewald.compute_point_charge_energies(batch, compute_vectors(batch), charges, 4.0, method)
     assert energies.shape == points.shape == charges.shape
     for values in (energies, points):
-        assert (values[:3] == 0).all()
+        assert (values[:3] == 0).all() == (values is points or not graphs), "points: periodic structures only"
         assert (values[3:] != 0).all()
         (gradient,) = torch.autograd.grad(values.sum(), charges)
         assert torch.isfinite(gradient).all()

@@ -8,9 +8,9 @@ import pytest
 import torch
 from structures import STATISTICS, check_deviations, make_batch, make_crystal, make_molecule, make_potential, measure
 
-from so3krates_dist.config import EuclideanTransformerSection, GeomAttEnvelopeSection, GeomAttSection
+from so3krates_dist.config import EuclideanTransformerSection, GeomAttEnvelopeSection, GeomAttSection, So3lrSection
 from so3krates_dist.errors import ConfigError, DataError
-from so3krates_dist.model.potential import ModelStatistics, Potential, check_elements, compute_vectors
+from so3krates_dist.model.potential import ModelStatistics, Potential, check_charges, check_elements, compute_vectors
 
 MANIFEST = {
     "elements": [1, 6],
@@ -18,6 +18,8 @@ MANIFEST = {
     "force_rms": 1.7,
     "energy_residual_std_per_atom": 0.2,
     "mean_neighbors": {"3.0": 4.0, "10.0": 60.0, "4.0": 10.0},
+    "num_unpaired_electrons": {"0": 5},
+    "total_charges": {"0": 5},
 }
 
 
@@ -28,7 +30,7 @@ def take(cutoff: float, **changes: object) -> ModelStatistics:
 def test_statistics_from_a_manifest() -> None:
     statistics = take(3.5)
     assert statistics == ModelStatistics(
-        elements=(1, 6), energy_baselines={1: -13.6, 6: -1027.5}, energy_scale=1.7, mean_neighbors=7.0
+        elements=(1, 6), energy_baselines={1: -13.6, 6: -1027.5}, energy_scale=1.7, mean_neighbors=7.0, charge_signs=()
     )
 
 
@@ -58,7 +60,35 @@ def test_models_without_a_mean_number_of_neighbours_may_have_any_cutoff() -> Non
 )
 def test_unpaired_electrons_in_the_data_are_remembered(counts: dict[str, int], expected: bool) -> None:
     assert take(3.5, num_unpaired_electrons=counts).has_unpaired_electrons is expected
-    assert not take(3.5).has_unpaired_electrons  # data sets that do not count them have none
+
+
+@pytest.mark.parametrize(
+    ("counts", "expected"), [({"0": 7}, ()), ({"0": 7, "2": 1}, (1,)), ({"-1": 3}, (-1,)), ({"1": 1, "-2": 1}, (-1, 1))]
+)
+def test_signs_of_charges_in_the_data_are_remembered(counts: dict[str, int], expected: tuple[int, ...]) -> None:
+    assert take(3.5, total_charges=counts).charge_signs == expected
+
+
+def test_data_that_do_not_count_electrons() -> None:
+    manifest = {k: v for k, v in MANIFEST.items() if k not in ("num_unpaired_electrons", "total_charges")}
+    assert ModelStatistics.from_manifest(manifest, EuclideanTransformerSection()).charge_signs is None
+    with pytest.raises(DataError, match=r"must count unpaired electrons.*Convert the data again\.$"):
+        ModelStatistics.from_manifest(manifest, So3lrSection())
+
+
+@pytest.mark.parametrize(("signs", "allowed"), [(None, (-1, 0, 1)), ((), (0,)), ((1,), (0, 1)), ((-1, 1), (-1, 0, 1))])
+def test_charges_of_a_sign_that_was_never_trained_are_refused(
+    signs: tuple[int, ...] | None, allowed: tuple[int, ...]
+) -> None:
+    statistics = dataclasses.replace(take(3.5), charge_signs=signs)
+    for charge in (-1, 0, 1):
+        check_charges(frozenset({"cell"}), statistics, [charge], "where")
+        if charge in allowed:
+            check_charges(frozenset({"total_charge"}), statistics, [charge], "where")
+        else:
+            word = "negative" if charge < 0 else "positive"
+            with pytest.raises(DataError, match=f"where must have no {word} charge: the model saw no structure"):
+                check_charges(frozenset({"total_charge"}), statistics, [charge], "where")
 
 
 def test_data_without_forces_or_neighbours_give_usable_numbers() -> None:
@@ -74,8 +104,10 @@ def test_statistics_survive_json() -> None:
 
 def test_statistics_of_older_models_say_nothing_of_unpaired_electrons() -> None:
     content = take(3.3).to_json()
-    del content["has_unpaired_electrons"]
-    assert ModelStatistics.from_json(content) == take(3.3)
+    del content["has_unpaired_electrons"], content["charge_signs"]
+    assert ModelStatistics.from_json(content) == dataclasses.replace(take(3.3), charge_signs=None)
+    with pytest.raises(ValueError, match=r"statistics\.charge_signs is \[2\]"):
+        ModelStatistics.from_json({**content, "charge_signs": [2]})
     with pytest.raises(ValueError, match=r"statistics\.has_unpaired_electrons is 'no'"):
         ModelStatistics.from_json({**content, "has_unpaired_electrons": "no"})
 

@@ -8,18 +8,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from structures import OPTIONS, STATISTICS, check_deviations, compare, compute, make_molecule, make_potential
 
-from so3krates_dist.config import ModelSection
-from so3krates_dist.errors import CheckpointError
+from so3krates_dist.config import MODEL_SECTIONS, ModelSection, find_configs, load_config
+from so3krates_dist.errors import CheckpointError, ConfigError
 from so3krates_dist.model import registry
 from so3krates_dist.model.potential import ModelStatistics, Potential
-from so3krates_dist.model.registry import build_model, load_model, read_model_config, save_model
+from so3krates_dist.model.registry import build_model, change_model, load_model, read_model_config, save_model
 
 SECTION = OPTIONS["backbone"]
+STORED = Path(__file__).parents[2] / "data"
 
 
 def save(folder: Path, seed: int = 0, **changes: Any) -> Potential:
@@ -62,7 +64,7 @@ def test_config_survives(folder: Path) -> None:
     assert read_model_config(folder) == (SECTION, STATISTICS, {"step": 7})
     content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     assert sorted(content) == ["format", "model", "provenance", "statistics"]
-    assert content["format"] == registry.FORMAT == 1
+    assert content["format"] == registry.FORMAT == 2
     assert content["model"]["degrees"] == [1, 2, 3, 4]
 
 
@@ -158,8 +160,116 @@ def test_no_model_there(folder: Path, missing: str) -> None:
 
 
 def test_a_newer_format_is_refused(folder: Path) -> None:
-    edit(folder / "config.json", "format", value=2)
-    check_refused(folder, "config.json must have format 1 or lower; got 2. Install a newer so3krates-dist.")
+    edit(folder / "config.json", "format", value=3)
+    check_refused(folder, "config.json must have format 2 or lower; got 3. Install a newer so3krates-dist.")
+
+
+@pytest.mark.parametrize(
+    ("version", "name", "energy", "size"),
+    [
+        (
+            1,
+            "euclidean_transformer",
+            -4194.628392435838,
+            0.6767957352510354,
+        ),  # as the program that wrote it computed them
+        (2, "so3lr", -4178.811770558298, 55.8728988739805),
+    ],
+)
+def test_stored_models_of_every_format_load(version: int, name: str, energy: float, size: float) -> None:
+    stored = STORED / f"model_format_{version}"
+    assert json.loads((stored / "config.json").read_text(encoding="utf-8"))["format"] == version
+    section, statistics, provenance = read_model_config(stored)
+    assert (section.name, statistics.elements, provenance["step"]) == (name, (1, 6, 8), 3)
+    assert statistics.has_unpaired_electrons == (version == 2)
+    outputs = compute(load_model(stored, dtype=torch.float64), make_molecule())
+    assert float(outputs["energy"][0]) == pytest.approx(energy, abs=1e-8)
+    assert float(np.abs(outputs["forces"]).sum()) == pytest.approx(size, abs=1e-7)
+
+
+def test_a_copy_for_use_is_the_model_from_its_folder(tmp_path: Path) -> None:
+    """In full float64 from a model in float32, in float32 where training was in bf16, and the original as it was."""
+    section = dataclasses.replace(SECTION, precision="bf16")
+    potential = build_model(section, STATISTICS).requires_grad_(True)
+    save_model(tmp_path, section, STATISTICS, potential.state_dict(), {})
+    for dtype in (torch.float32, torch.float64):
+        copied, loaded = change_model(potential, {}, device="cpu", dtype=dtype), load_model(tmp_path, dtype=dtype)
+        assert copied.section == loaded.section == SECTION
+        assert not copied.training
+        assert not any(p.requires_grad for p in copied.parameters())
+        for name, values in compute(loaded, make_molecule()).items():
+            assert values.tobytes() == compute(copied, make_molecule())[name].tobytes(), name
+    assert potential.training
+    assert all(p.requires_grad and p.dtype == torch.float32 for p in potential.parameters())
+    double = make_potential()
+    copied = change_model(double, {}, device="cpu", dtype=torch.float64)
+    assert all(torch.equal(a, b) for a, b in zip(copied.parameters(), double.parameters(), strict=True))
+    assert potential.section == section
+
+
+@pytest.mark.parametrize(
+    ("options", "changes", "message"),
+    [
+        (
+            "backbone", {"cutoff": 5.0},
+            r"^model\.cutoff must stay as it was in training; only precision may change; got 5\.0\. Leave it out, or train",
+        ),
+        (
+            "so3lr", {"dispersion": False},
+            r"model\.dispersion must stay .* only long_range_cutoff, electrostatics, precision may change; got False",
+        ),
+        ("geomatt", {"grid_end": 4.0}, r"model\.grid_end must stay .* only algorithm may change"),
+        ("so3krates", {"parity": False}, r"model\.parity must stay as it was in training; got False"),
+        ("so3krates", {"algorithm": "dense"}, r"model\.algorithm must be an option of model\.name=so3krates"),
+        (
+            "so3lr_semi_local", {"electrostatics": "ewald", "long_range_cutoff": 15.0},
+            r"^model\.long_range_cutoff must be left out where the model has no energy that ends there; got 15\.0\.",
+        ),
+        ("so3lr_semi_local", {"long_range_cutoff": 15.0}, r"must be left at 12 without .*; got 15\.0"),
+        ("so3lr_semi_local", {"long_range_cutoff": 0.0}, r"must be left at 12 without .*; got 0\.0"),
+    ],
+)  # fmt: skip
+def test_only_what_the_weights_do_not_depend_on_may_change(
+    options: str, changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    potential = make_potential(options)
+    save_model(tmp_path, OPTIONS[options], STATISTICS, potential.state_dict(), {})
+    with pytest.raises(ConfigError, match=message):
+        load_model(tmp_path, changes=changes)
+    with pytest.raises(ConfigError, match=message):
+        change_model(potential, changes, device="cpu", dtype=torch.float64)
+
+
+def test_every_option_that_may_change_is_one() -> None:
+    options = {field.name for section in MODEL_SECTIONS.values() for field in dataclasses.fields(section)}
+    assert set(registry.CHANGEABLE) <= options
+    changed = change_model(make_potential("geomatt"), {"algorithm": "auto"}, device="cpu", dtype=torch.float64)
+    check_deviations(
+        compare(compute(changed, make_molecule()), compute(make_potential("geomatt"), make_molecule())), 1e-9
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "num_parameters"),
+    [
+        ("so3krates", 717_943),  # 715,435 with the 100 rows of elements of the authors' code; 119 here
+        ("so3krates_nonlocal", 717_943),
+        ("euclidean_transformer", 636_937),  # 634,429 with LayerNorm and gated networks, 100 rows
+        ("so3lr", 530_238),
+        ("so3lr_backbone", 397_309),
+        ("geomatt", 451_265),  # 436,545 with the four rows of the authors' example
+        ("geomatt_envelope", 451_265),
+        ("small", 70_885),
+    ],
+)
+def test_sizes_of_the_models_in_configs(name: str, num_parameters: int) -> None:
+    potential = build_model(load_config([f"model={name}"]).model, STATISTICS)
+    assert sum(p.numel() for p in potential.parameters()) == num_parameters
+
+
+def test_every_model_in_configs_has_its_size_here() -> None:
+    (mark,) = test_sizes_of_the_models_in_configs.pytestmark  # type: ignore[attr-defined]
+    assert sorted(name for name, _ in mark.args[1]) == sorted(p.stem for p in (find_configs() / "model").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "3", '{"format": 1}', '{"format": "one"}', "\x00"])

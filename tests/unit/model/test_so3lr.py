@@ -51,12 +51,12 @@ def test_reach(changes: dict[str, object], reach: float) -> None:
 
 def test_physical_energies_are_the_sum_of_their_terms() -> None:
     """Each option alone, with the same weights; the learned part knows of none of them."""
-    potential = make_potential("so3lr")
+    potential = make_potential("so3lr", long_range_cutoff=12.0)
     batch, energies, learned = make_batch([make_ion(-1.0)], potential.cutoffs), {}, {}
     none: dict[str, object] = {"zbl": False, "electrostatics": "none", "dispersion": False}
     cases = {"none": none, "all": {}, "zbl": {**none, "zbl": True}, "dispersion": {**none, "dispersion": True}}
     for name, changes in {**cases, "electrostatics": {**none, "electrostatics": "cutoff"}}.items():
-        other = make_potential("so3lr", **changes)
+        other = make_potential("so3lr", long_range_cutoff=12.0, **changes)
         other.load_state_dict(potential.state_dict(), strict=False)
         outputs = other.network(batch, compute_vectors(batch))
         energies[name], learned[name] = outputs["physical_energies"].detach(), outputs["atom_energies"].detach()

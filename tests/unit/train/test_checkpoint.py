@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from training_setup import make_config
 
-from so3krates_dist.config import RunConfig, load_config, read_config, to_plain
+from so3krates_dist.config import GeomAttSection, RunConfig, load_config, read_config, to_plain
 from so3krates_dist.errors import CheckpointError
 from so3krates_dist.train import checkpoint
 from so3krates_dist.train.checkpoint import (
@@ -44,6 +44,13 @@ class TestSaving:
         for name, tensor in make_state(7).tensors.items():
             assert torch.equal(state.tensors[name], tensor)
             assert state.tensors[name].dtype == tensor.dtype
+
+    def test_the_best_score_under_its_first_name(self, tmp_path: Path) -> None:
+        manifest = save_checkpoint(tmp_path, make_state(7), keep=2) / "manifest.json"
+        content = json.loads(manifest.read_text())
+        content["best_forces_mae"] = content.pop("best_score")
+        manifest.write_text(json.dumps(content))
+        assert load_checkpoint(manifest.parent).best_score == 0.25
 
     def test_before_the_first_evaluation_nothing_is_best(self, tmp_path: Path) -> None:
         path = save_checkpoint(tmp_path, make_state(7, float("inf")), keep=2)
@@ -230,6 +237,13 @@ class TestRunFolder:
             CheckpointError, match=r"belong to this data set \(fff\); got a run on another one \(0123456789abcdef\)"
         ):
             self.make(tmp_path).check("fff")
+
+    def test_another_model(self, tmp_path: Path) -> None:
+        """It has other keys; its name is what is said."""
+        self.sign(tmp_path)
+        other = dataclasses.replace(make_config("data", tmp_path), model=GeomAttSection())
+        with pytest.raises(CheckpointError, match=r"where model\.name is geomatt; got another run, with euclidean_tra"):
+            RunFolder(other).check(self.FINGERPRINT)
 
     def test_somebody_elses_files(self, tmp_path: Path) -> None:
         (tmp_path / "thesis.tex").touch()

@@ -425,6 +425,19 @@ def test_verb_shows_further_labels_and_what_the_model_ignores(
     assert "dipole" not in output
 
 
+def test_verb_notes_charged_crystals_where_electrostatics_is_cut_off(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    note = "note: there are charged periodic structures, whose energies depend on where"
+    boxed = [dataclasses.replace(g, cell=20 * np.eye(3), pbc=np.ones(3, bool)) for g in make_ions()]
+    neutral = [dataclasses.replace(g, total_charge=0.0) for g in boxed]
+    for name, graphs, count in (("ions", make_ions(), 0), ("boxed", boxed, 1), ("mixed", [*make_ions(), *neutral], 0)):
+        data = write_dataset(tmp_path / name, {"train": graphs, "test": graphs})
+        run = save_run(tmp_path / f"run-{name}", data, SO3LR, STATISTICS)
+        assert module.run(parse(run, "--device", "cpu")) == 0
+        assert capsys.readouterr().out.count(note) == count, name
+
+
 def test_what_a_model_means_nothing_for_is_refused_before_anything_is_computed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -444,6 +457,33 @@ def test_what_a_model_means_nothing_for_is_refused_before_anything_is_computed(
         DataError, match=r"test-000000-000000 must be a molecule for this model; got a periodic structure"
     ):
         evaluate_run(run)
+
+
+def test_ions_are_refused_where_the_model_saw_none(tmp_path: Path) -> None:
+    dataset = write_dataset(tmp_path / "ions", {"train": make_ions(), "test": make_ions()})
+    run = save_run(tmp_path / "run", dataset, SO3LR, dataclasses.replace(STATISTICS, charge_signs=(-1,)))
+    with pytest.raises(DataError, match="have no positive charge: the model saw no structure with one"):
+        evaluate_run(run)
+    potential = build_model(SO3LR, dataclasses.replace(STATISTICS, charge_signs=(-1,))).eval()
+    batch = collate([build_neighbors(g, *potential.cutoffs) for g in make_ions()])
+    with pytest.raises(DataError, match="no positive charge"):
+        evaluate(potential, [batch], device="cpu")
+
+
+def test_verb_says_where_results_are_and_that_energies_have_no_reference(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders = [
+        write_dataset(tmp_path / name, {"train": make_ions(), "test": make_ions()}) for name in ("ions", "other")
+    ]
+    run = save_run(tmp_path / "run", folders[0], SO3LR, STATISTICS)
+    module.run(parse(run, "--device", "cpu", "--data", folders[1]))
+    assert f"written to {run / 'evaluation' / 'other'}\n" in (printed := capsys.readouterr().out)
+    assert "note: the model has no energy baselines" in printed
+    save_run(run, folders[0], SO3LR, dataclasses.replace(STATISTICS, energy_baselines={18: 1.0}))
+    module.run(parse(run, "--device", "cpu"))
+    printed = capsys.readouterr().out
+    assert (printed.endswith(f"\nwritten to {run / 'evaluation'}\n"), "baselines" in printed) == (True, False)
 
 
 def test_batches_that_a_model_means_nothing_for() -> None:

@@ -8,6 +8,8 @@ import pytest
 from so3krates_dist import config
 from so3krates_dist.cli import main
 from so3krates_dist.errors import CheckpointError, ConfigError
+from so3krates_dist.model.potential import ModelStatistics
+from so3krates_dist.model.registry import build_model, save_model
 from so3krates_dist.train import info
 
 
@@ -125,9 +127,34 @@ def test_the_model_of_a_run_is_described(run_folder, model):
     assert dict(info.describe_run(run_folder))["model"] == f"{model}, num_layers=2"
 
 
+def test_a_model_without_a_run_is_described(tmp_path, capsys):
+    section = config.So3lrSection(num_features=8, num_layers=1, degrees=(1, 2), zbl=False)
+    statistics = ModelStatistics(elements=(1, 6, 17), energy_baselines={}, energy_scale=1.0, mean_neighbors=13.25)
+    save_model(
+        tmp_path,
+        section,
+        statistics,
+        build_model(section, statistics).state_dict(),
+        {"source": "somebody", "licence": "MIT"},
+    )
+    assert main(["info", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    for text in (
+        "so3lr, num_features=8, num_layers=1, degrees=[1, 2], zbl=false\n", "H C Cl", "13.25", "model.safetensors",
+        "somebody", "licence", str(tmp_path),
+    ):  # fmt: skip
+        assert text in out, text
+    (tmp_path / "model.safetensors").unlink()
+    assert dict(info.describe_run(tmp_path))["weights"] == "missing"
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"config.json must describe a model"):
+        info.describe_run(tmp_path)
+
+
 def test_other_folders_and_damage_are_refused(run_folder, tmp_path):
     with pytest.raises(
-        CheckpointError, match=r"must be a run folder; got no config.yaml in it. Name the folder that training"
+        CheckpointError,
+        match=r"must be a run folder or hold a model; got neither config.yaml nor config.json in it. Name",
     ):
         info.describe_run(tmp_path)
     (run_folder / "run.json").write_text("{")

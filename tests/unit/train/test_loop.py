@@ -11,16 +11,19 @@ import torch
 from analytic import label, make_cluster, make_morse, write_dataset
 from training_setup import make_config, make_dataset, make_graphs, make_settings, run_processes, train
 
+from so3krates_dist.config import So3lrSection, TrainSection
+from so3krates_dist.data.shards import load_manifest
 from so3krates_dist.data.stream import iter_batches
 from so3krates_dist.distributed import Rank
 from so3krates_dist.errors import EXIT_DONE, ConfigError, DataError
 from so3krates_dist.graph import Graph
 from so3krates_dist.metrics import read_metrics
-from so3krates_dist.model.registry import load_model
+from so3krates_dist.model.potential import ModelStatistics
+from so3krates_dist.model.registry import build_model, load_model
 from so3krates_dist.train import loop
 from so3krates_dist.train.checkpoint import TrainingState
 from so3krates_dist.train.evaluate import evaluate
-from so3krates_dist.train.loop import Training, _check_data
+from so3krates_dist.train.loop import Training, _check_data, _count_unpaired_electrons, compute_score
 
 
 def run_to_the_end(dataset: Path, run: Path, *settings: str) -> Path:
@@ -122,6 +125,22 @@ class TestBestModel:
         assert saved == [1, 2, 4]
         assert training.best_score == 0.2
 
+    @pytest.mark.parametrize(
+        ("weights", "expected"),
+        [
+            ((1.0, 1.0, 0.0, 0.0), 0.3),
+            ((1.0, 0.0, 0.0, 0.0), 0.1),
+            ((0.0, 0.0, 1.0, 0.0), 0.5),
+            ((0.0, 0.0, 1.0, 1.0), 0.5),
+            ((0.0, 0.0, 0.0, 1.0), 0.7),
+        ],
+    )
+    def test_it_is_chosen_by_what_is_trained(self, weights: tuple[float, ...], expected: float) -> None:
+        names = ("energy_weight", "forces_weight", "dipole_weight", "hirshfeld_weight")
+        section = dataclasses.replace(TrainSection(), **dict(zip(names, weights, strict=True)))
+        errors = {"energy_mae_per_atom": 0.1, "forces_mae": 0.3, "dipole_mae": 0.5, "hirshfeld_ratios_mae": 0.7}
+        assert compute_score(errors, section) == expected
+
     def test_a_run_of_an_earlier_version_goes_on(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """They stored minus the step in place of the error: the next evaluation counts as the best."""
         saved: list[int] = []
@@ -132,6 +151,17 @@ class TestBestModel:
         training.validate(8)
         training.validate(9)
         assert saved == [8]
+
+
+def test_data_of_older_programs_are_searched_for_unpaired_electrons(tmp_path: Path) -> None:
+    graphs = make_graphs(6, 0)
+    graphs[3].num_unpaired_electrons = 2.0
+    folder = write_dataset(tmp_path / "data", {"train": graphs})
+    manifest = load_manifest(folder)
+    older = {k: v for k, v in manifest.statistics.items() if k != "num_unpaired_electrons"}
+    found = _count_unpaired_electrons(folder, dataclasses.replace(manifest, statistics=older), So3lrSection())
+    assert found.statistics == manifest.statistics
+    assert ModelStatistics.from_manifest(found.statistics, So3lrSection()).has_unpaired_electrons
 
 
 def test_training_learns(dataset: Path, tmp_path: Path) -> None:
@@ -207,6 +237,36 @@ def test_charges_that_the_model_does_not_see_are_said_once(tmp_path: Path, is_se
     assert outcome.outputs[0].count(note) == (0 if is_seen else 1)
 
 
+ION = dataclasses.replace(make_periodic(2), total_charge=1.0)
+MOLECULE = np.zeros(3, bool)
+
+
+@pytest.mark.parametrize(
+    ("graphs", "count"),
+    [
+        ([make_periodic(1), ION], 1),
+        ([make_periodic(1), make_periodic(2)], 0),
+        ([make_periodic(1), dataclasses.replace(ION, pbc=MOLECULE)], 0),
+    ],
+    ids=["charged crystal", "neutral", "charged molecule"],
+)
+def test_charged_crystals_are_noted_where_the_data_must_have_some(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], graphs: list[Graph], count: int
+) -> None:
+    """The manifest counts charged and periodic structures: of two, if both are crystals, a charged one is one of them."""
+    data = write_dataset(tmp_path / "data", {"train": graphs})
+    config = make_config(data, tmp_path, "model.name=so3lr", "model.num_features=8", "model.num_heads=2")
+    manifest = _check_data(config, hashes=False)
+    potential = build_model(config.model, ModelStatistics.from_manifest(manifest.statistics, config.model))
+    training = types.SimpleNamespace(
+        config=config, manifest=manifest, rank=Rank(), device=torch.device("cpu"),
+        mean=types.SimpleNamespace(potential=potential), engine=types.SimpleNamespace(potential=potential),
+        metrics=types.SimpleNamespace(message=print),
+    )  # fmt: skip
+    Training.announce(training, 0, ())  # type: ignore[arg-type]
+    assert capsys.readouterr().out.count("note: there are charged periodic structures") == count
+
+
 class TestFirstChecks:
     def test_no_data_set_is_named(self, tmp_path: Path) -> None:
         with pytest.raises(
@@ -246,7 +306,7 @@ class TestFirstChecks:
         data = write_dataset(tmp_path / "data", {"train": [make_periodic(s) for s in range(4)]})
         for model, remedy in (
             (("model.name=geomatt",), "Take a model that sees the cell"),
-            (("model.name=so3krates", "model.non_local=true"), "Set a long-range cutoff"),
+            (("model.name=so3krates", "model.non_local=true"), "Take a model that sees the cell"),
             (("model.name=so3lr", "model.long_range_cutoff=0"), "Set a long-range cutoff"),
         ):
             with pytest.raises(

@@ -1,0 +1,42 @@
+"""Files and folders: who may read them, and what is no folder."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from so3krates_dist.errors import DataError
+from so3krates_dist.files import make_folder, put_in_place
+
+
+def test_a_file_has_the_mode_of_other_files(tmp_path: Path) -> None:
+    """Whatever the library that wrote it gave it."""
+    before = os.umask(0o027)
+    try:
+        save_file({"weights": torch.zeros(1)}, tmp_path / "temporary")
+        put_in_place(tmp_path / "temporary", tmp_path / "weights")
+        assert os.umask(0o027) == 0o027, "the mask is left"
+    finally:
+        os.umask(before)
+    assert (tmp_path / "weights").stat().st_mode & 0o777 == 0o640
+
+
+@pytest.mark.parametrize(("name", "got"), [("file", "a file"), ("file/below", "Not a directory")])
+def test_what_cannot_be_a_folder(tmp_path: Path, name: str, got: str) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match=f"{name} must be a folder that can be written to; got {got}. Give another"):
+        make_folder(tmp_path / name)
+
+
+def test_a_folder_that_is_read_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda *_: False)  # nothing is read-only for root
+    with pytest.raises(DataError, match="got one that is read-only"):
+        make_folder(tmp_path)
+
+
+def test_a_folder_is_made(tmp_path: Path) -> None:
+    for _ in range(2):
+        make_folder(tmp_path / "a" / "b")
+    assert (tmp_path / "a" / "b").is_dir()
