@@ -83,7 +83,7 @@ def draw(results: dict[str, dict[str, object]], path: Path) -> None:
         if name in PUBLISHED:
             axes.axhline(PUBLISHED[name], color=f"C{number}", linestyle=":", linewidth=1, label=f"{name}, published")
     axes.set(yscale="log", xlabel="steps of 10 conformers", ylabel="validation force MAE, meV/Å")
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="upper right")
     figure.savefig(path, dpi=150)
 
 
