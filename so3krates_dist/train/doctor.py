@@ -25,7 +25,12 @@ from so3krates_dist.metrics import is_logged_in
 MIN_FREE_GIGABYTES = 2.0
 MIN_WRITE_MEGABYTES_PER_SECOND = 50.0
 WRITE_TEST_MEGABYTES = 64
-GENERATE_PACKAGES = ("tblite", "rdkit")
+EXTRAS = {
+    "tblite": ("generate", "`so3krates generate` uses it"),
+    "rdkit": ("generate", "`so3krates generate` uses it"),
+    "torch-pme": ("longrange", "Ewald and PME electrostatics use it"),
+}
+"""Optional packages: the extra that installs them, and what for"""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -67,22 +72,21 @@ def check_requirements(
             yield Finding("fail", "so3krates-dist", "runs from a folder that pip does not know", remedy)
             return
     for requirement in map(Requirement, requirements):
-        extra = "" if requirement.marker is None or requirement.marker.evaluate({"extra": ""}) else "generate"
-        if extra and (requirement.name not in GENERATE_PACKAGES):
-            continue
-        yield _check_version(requirement.name, str(requirement.specifier), extra, find_version)
+        needed = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+        if needed or requirement.name in EXTRAS:
+            yield _check_version(requirement.name, str(requirement.specifier), needed, find_version)
 
 
-def _check_version(name: str, specifier: str, extra: str, find_version: Callable[[str], str]) -> Finding:
+def _check_version(name: str, specifier: str, needed: bool, find_version: Callable[[str], str]) -> Finding:
     from packaging.specifiers import SpecifierSet
 
     try:
         version = find_version(name)
     except importlib.metadata.PackageNotFoundError:
-        if extra:
-            return Finding(
-                "warn", name, "not installed", f"`so3krates {extra}` uses it: pip install 'so3krates-dist[{extra}]'"
-            )
+        if not needed:
+            extra, purpose = EXTRAS[name]
+            state: Literal["warn", "note"] = "warn" if extra == "generate" else "note"
+            return Finding(state, name, "not installed", f"{purpose}: pip install 'so3krates-dist[{extra}]'")
         return Finding("fail", name, "not installed", f"pip install '{name}{specifier}'")
     if SpecifierSet(specifier).contains(version.partition("+")[0], prereleases=True):
         return Finding("ok", name, version)

@@ -19,7 +19,8 @@ from so3krates_dist.errors import CheckpointError
 from so3krates_dist.graph import ELEMENT_SYMBOLS
 
 VENDORS = (
-    "torch", "deepspeed", "e3nn", "webdataset", "omegaconf", "wandb", "safetensors", "numpy", "vesin", "ase", "tblite", "rdkit",
+    "torch", "deepspeed", "e3nn", "webdataset", "omegaconf", "wandb", "safetensors", "numpy", "vesin", "ase", "tblite",
+    "rdkit", "torch-pme",
 )  # fmt: skip
 
 

@@ -63,6 +63,7 @@ def test_requirements_of_the_package_are_compared_with_what_is_there():
                 "omegaconf<2.5,>=2.4",
                 "e3nn>=0.6",
                 "tblite>=0.8; extra == 'generate'",
+                "torch-pme<0.6,>=0.5; extra == 'longrange'",
                 "pytest; extra == 'dev'",
             ],
             find_version_of({"torch": "2.13.0+cpu", "omegaconf": "2.3.1"}),
@@ -73,6 +74,7 @@ def test_requirements_of_the_package_are_compared_with_what_is_there():
         "fail  omegaconf       2.3.1, but <2.5,>=2.4 is needed. pip install 'omegaconf<2.5,>=2.4'",
         "fail  e3nn            not installed. pip install 'e3nn>=0.6'",
         "warn  tblite          not installed. `so3krates generate` uses it: pip install 'so3krates-dist[generate]'",
+        "note  torch-pme       not installed. Ewald and PME electrostatics use it: pip install 'so3krates-dist[longrange]'",
     ]
 
 
