@@ -18,11 +18,11 @@ from typing import Any
 import ase.io
 import numpy as np
 import torch
-from so3krates_dist.inference.interop import import_so3lr
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from so3krates_dist.data.neighbors import build_neighbors
 from so3krates_dist.graph import Graph, GraphBatch, collate
+from so3krates_dist.inference.interop import import_so3lr
 from so3krates_dist.model.potential import Potential
 from so3krates_dist.model.registry import build_model, load_model, read_model_config
 
