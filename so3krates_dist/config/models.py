@@ -4,6 +4,7 @@ Which schema applies is decided by `model.name`; options of another model are re
 Euclidean transformer (arXiv 2309.15126), SO3LR (10.1021/jacs.5c09558), GeomAtt (arXiv 2106.02549).
 """
 
+import abc
 import dataclasses
 import itertools
 import math
@@ -24,7 +25,7 @@ MESH_POINTS_PER_WIDTH: Final = 10.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelSection:
+class ModelSection(abc.ABC):
     """What every model has; the models themselves are the classes below."""
 
     name: str = ""
@@ -34,9 +35,9 @@ class ModelSection:
     """what it gives besides energy, forces and stress: `dipole`, `partial_charges`, `hirshfeld_ratios`"""
 
     @property
+    @abc.abstractmethod
     def cutoff(self) -> float:
         """Å; atoms at this distance or beyond are no neighbours."""
-        raise NotImplementedError
 
     @property
     def reach(self) -> float:
@@ -390,6 +391,8 @@ class GeomAttEnvelopeSection(_GeomAttSection):
     """which model of the family"""
     cutoff: float = 5.0
     """Å; pair factors of different atoms vanish here with all their derivatives"""
+
+    algorithm: ClassVar[Literal["auto"]] = "auto"
 
     def __post_init__(self) -> None:
         """Check the values."""

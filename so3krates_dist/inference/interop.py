@@ -47,9 +47,11 @@ long_range_cutoff to change that. It knows H C N O F P S Cl and total charges, n
 to no reference, only differences between structures of the same atoms mean something.
 """
 
+_RECONSTRUCT: Final = np._core.multiarray._reconstruct  # type: ignore[attr-defined] # private in numpy, but what its pickles name
+
 _ALLOWED: Final[dict[tuple[str, str], Any]] = {
-    ("numpy._core.multiarray", "_reconstruct"): np._core.multiarray._reconstruct,  # type: ignore[attr-defined]
-    ("numpy.core.multiarray", "_reconstruct"): np._core.multiarray._reconstruct,  # type: ignore[attr-defined]
+    ("numpy._core.multiarray", "_reconstruct"): _RECONSTRUCT,
+    ("numpy.core.multiarray", "_reconstruct"): _RECONSTRUCT,
     ("numpy", "ndarray"): np.ndarray,
     ("numpy", "dtype"): np.dtype,
 }

@@ -15,7 +15,7 @@ class ConstantsModule(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         """Convert the weights and leave the constants as exact as they are."""
         constants = dict(self._buffers)
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call] # torch's
         for name, constant in constants.items():
             converted = self._buffers[name]
             if constant is not None and converted is not None:

@@ -5,6 +5,7 @@ It depends on neither elements nor features, is signed, and has no softmax. Each
 readout. The published model couples all atoms of a molecule; the variant lets pair factors vanish at a cutoff.
 """
 
+import abc
 import math
 from typing import Final, cast
 
@@ -144,8 +145,14 @@ class Stream(nn.Module):
         return features
 
 
-class _GeomAtt(nn.Module):
-    """What the published model and its variant have in common; they differ in the pairs and in what becomes of far ones."""
+class _GeomAtt(nn.Module, abc.ABC):
+    """What the published model and its variant have in common; they differ in the pairs and in what becomes of far ones.
+
+    Args:
+        section: Sizes and options.
+        mean_neighbors: Not used.
+        num_embeddings: Rows of the element table.
+    """
 
     uses_positions = False
     """whether energies depend on positions and cell other than through the pair vectors"""
@@ -153,11 +160,12 @@ class _GeomAtt(nn.Module):
     def __init__(
         self,
         section: GeomAttSection | GeomAttEnvelopeSection,
-        num_embeddings: int,
+        mean_neighbors: float,
+        num_embeddings: int = MAX_ATOMIC_NUMBER + 1,
     ) -> None:
         super().__init__()
         self.cutoff, self.reach, self.sees = section.cutoff, section.reach, section.sees
-        self.algorithm = "auto"
+        self.algorithm = section.algorithm
         self.checkpoint_attention = False
         self.grid = GaussianGrid(section.grid_start, section.grid_end, section.grid_spacing, section.gaussian_precision)
         self.embedding = nn.Embedding(num_embeddings, section.num_features)
@@ -223,8 +231,9 @@ class _GeomAtt(nn.Module):
         first, second = batch.pair_first[: len(vectors)], batch.pair_second[: len(vectors)]
         return self._build_rows(first, second, distances)
 
+    @abc.abstractmethod
     def _build_rows(self, first: torch.Tensor, second: torch.Tensor, distances: torch.Tensor) -> PairRows:
-        raise NotImplementedError
+        """Return the expansion of the pairs' distances."""
 
 
 class GeomAtt(_GeomAtt):
@@ -232,18 +241,7 @@ class GeomAtt(_GeomAtt):
 
     1.1 Å beyond the grid's end factors are their constants but for exp(-26) of the last Gaussian, so that pairs need to be listed
     up to there only: energies and forces are then within 5e-12 of those with all pairs.
-
-    Args:
-        section: Sizes and options.
-        mean_neighbors: Not used.
-        num_embeddings: Rows of the element table.
     """
-
-    def __init__(
-        self, section: GeomAttSection, mean_neighbors: float, num_embeddings: int = MAX_ATOMIC_NUMBER + 1
-    ) -> None:
-        super().__init__(section, num_embeddings)
-        self.algorithm = section.algorithm
 
     def _build_rows(self, first: torch.Tensor, second: torch.Tensor, distances: torch.Tensor) -> PairRows:
         rows = torch.cat([self.grid(distances), torch.zeros_like(distances)[:, None]], dim=-1)
@@ -255,17 +253,7 @@ class GeomAttEnvelope(_GeomAtt):
     """The variant: pair factors of different atoms times a smooth envelope, so that energies of distant molecules add up.
 
     Periodic images are atoms like others; an atom is its own reference atom once, at distance zero.
-
-    Args:
-        section: Sizes and options.
-        mean_neighbors: Not used.
-        num_embeddings: Rows of the element table.
     """
-
-    def __init__(
-        self, section: GeomAttEnvelopeSection, mean_neighbors: float, num_embeddings: int = MAX_ATOMIC_NUMBER + 1
-    ) -> None:
-        super().__init__(section, num_embeddings)
 
     def _build_rows(self, first: torch.Tensor, second: torch.Tensor, distances: torch.Tensor) -> PairRows:
         expanded = torch.cat([self.grid(distances), torch.ones_like(distances)[:, None]], dim=-1)

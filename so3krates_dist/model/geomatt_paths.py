@@ -147,7 +147,7 @@ class MatrixPath(AttentionPath):
     ) -> list[Operator]:
         """Form alpha, or apply one factor after the other where that is less arithmetic."""
         if num_steps > 1 and self.shape[1] * (num_steps - 1) > num_steps * width:
-            return [lambda values, layer=layer: _apply_chain(layer, num_steps, values) for layer in factors]  # type: ignore[misc]
+            return [functools.partial(_apply_chain, layer, num_steps) for layer in factors]
         return [functools.partial(torch.matmul, alpha) for alpha in self.compute_alpha(factors, num_steps)]
 
     def compute_alpha(self, factors: torch.Tensor, num_steps: int) -> torch.Tensor:
@@ -295,9 +295,9 @@ def multiply_symmetric(
         first: (num_pairs,) int64.
         second: (num_pairs,) int64.
     """
-    return cast(torch.Tensor, _SymmetricProduct.apply(factor, features, first, second))  # type: ignore[no-untyped-call]
+    return cast(torch.Tensor, _SymmetricProduct.apply(factor, features, first, second))  # type: ignore[no-untyped-call] # torch's
 
 
 def multiply_pairs(left: torch.Tensor, right: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     """Return (num_pairs, F): products of the features (num_atoms, F, V) of the two atoms of each pair, in both directions."""
-    return cast(torch.Tensor, _PairProduct.apply(left, right, first, second))  # type: ignore[no-untyped-call]
+    return cast(torch.Tensor, _PairProduct.apply(left, right, first, second))  # type: ignore[no-untyped-call] # torch's

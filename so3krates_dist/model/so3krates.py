@@ -56,26 +56,14 @@ class So3kratesPairs:
     """(2, num_pairs, ev_dim) harmonics of the directions from sender to receiver"""
     sphc_cutoffs: torch.Tensor | None
     """(num_atoms,) where the softmax over SPHC distances is cut off; None without non-local attention"""
-
-    @property
-    def receivers(self) -> torch.Tensor:
-        """(2 num_pairs,) int64."""
-        return torch.cat([self.first, self.second])
-
-    @property
-    def senders(self) -> torch.Tensor:
-        """(2 num_pairs,) int64."""
-        return torch.cat([self.second, self.first])
-
-    @property
-    def short_receivers(self) -> torch.Tensor:
-        """(2 num_short,) int64."""
-        return torch.cat([self.first[: self.num_short], self.second[: self.num_short]])
-
-    @property
-    def short_senders(self) -> torch.Tensor:
-        """(2 num_short,) int64."""
-        return torch.cat([self.second[: self.num_short], self.first[: self.num_short]])
+    receivers: torch.Tensor
+    """(2 num_pairs,) int64"""
+    senders: torch.Tensor
+    """(2 num_pairs,) int64"""
+    short_receivers: torch.Tensor
+    """(2 num_short,) int64"""
+    short_senders: torch.Tensor
+    """(2 num_short,) int64"""
 
 
 def compute_spherical_envelope(fractions: torch.Tensor) -> torch.Tensor:
@@ -391,10 +379,16 @@ class So3krates(AttentionNetwork):
         distances = torch.linalg.vector_norm(vectors, dim=-1)
         harmonics = self.harmonics(vectors / distances[:, None])
         short_envelope = self.compute_envelope(distances[:num_short], self.cutoff)
+        first, second = batch.pair_first[:num_pairs], batch.pair_second[:num_pairs]
+        short_first, short_second = first[:num_short], second[:num_short]
         return So3kratesPairs(
-            first=batch.pair_first[:num_pairs],
-            second=batch.pair_second[:num_pairs],
+            first=first,
+            second=second,
             num_short=num_short,
+            receivers=torch.cat([first, second]),
+            senders=torch.cat([second, first]),
+            short_receivers=torch.cat([short_first, short_second]),
+            short_senders=torch.cat([short_second, short_first]),
             envelope=torch.cat([short_envelope, distances.new_zeros(num_pairs - num_short)]),
             radial=short_envelope[:, None] * self.radial_basis(distances[:num_short]),
             # Seen from the first atom, the direction from the neighbour to the centre is that of minus the vector.
