@@ -18,7 +18,7 @@ MAX_ATOMS_ALL_PAIRS = 150
 MIN_DISTANCE = 1e-3
 """Å; pairs closer than this are refused"""
 MAX_PAIRS = 100_000_000
-"""Pairs of one structure; their list takes some 10 GB"""
+"""Pairs of one structure; two indices, three translations and a distance, and a copy while they are put in order: some 10 GB"""
 
 
 @functools.lru_cache(maxsize=2 * MAX_ATOMS_ALL_PAIRS)

@@ -5,10 +5,10 @@ molecules over all pairs), and point charges, 1 / r, whose sharp part is summed 
 torch-pme gives the kernels and the interpolation on meshes; this file is its only importer. The sums are ours: torch-pme's raise
 where a charge is nan (one rank would leave the others waiting), have no second derivative by the cell at k = 0 (PME), or go
 through twice the vectors that are needed (Ewald). Energies have first and second derivatives by positions, cell and charges.
-Errors at SO3LR's damping, in random cells from 6 to 20 Å with charges of 1 e: Ewald 6e-12 of the largest atom's energy, 1e-10
-eV/Å; PME 7e-8 and 6e-6 eV/Å. PME is not invariant to translations within these errors, its net force is not zero, its forces jump
-by as much where an atom passes a point of the mesh, and its energy where a change of the cell changes the number of points; at a
-fixed cell energies are continuous. Refuses structures that are periodic along one or two directions. P3M is not offered: its
+Errors relative to the largest value are tested to stay below 1e-9 (Ewald), and below 1e-6 in energies and 1e-4 in forces (PME);
+tests/physics/test_ewald_laws.py. PME is not invariant to translations within these errors, its net force is not zero, its forces
+jump by as much where an atom passes a point of the mesh, and its energy where a change of the cell changes the number of points;
+at a fixed cell energies are continuous. Refuses structures that are periodic along one or two directions. P3M is not offered: its
 second derivatives by the cell are nan.
 """
 
