@@ -1,13 +1,13 @@
-"""The gate every label passes: what is wrong with a structure, and whether energies and forces have units that fit.
+"""The gate every label passes: what is wrong with a structure in itself, and whether its energy is like those of the others.
 
-The units detective regresses energy differences of near pairs of conformers on the work of their forces along the way between
-them: the slope is about one only where energy, force and length units agree and forces have the right sign.
+It looks at one structure at a time and refuses what can be no training example. Whether energies, forces and lengths have units
+that fit each other shows only in many structures: detective.py.
 """
 
 import dataclasses
-from collections import defaultdict
-from collections.abc import Sequence
-from typing import Final
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
 
 import numpy as np
 
@@ -18,17 +18,48 @@ from so3krates_dist.units import HARTREE_EV
 
 MIN_DISTANCE: Final = 0.3
 """Å; no two nuclei come this close below some hundred eV"""
+MIN_RADII: Final = 0.4
+"""Sums of covalent radii; C and C at 0.6 Å are some fifty eV above their bond, and H and H come under `MIN_DISTANCE` first"""
+_MAX_COORDINATE: Final = 1e4
+"""Å; beyond it single precision knows places to 0.001 Å only"""
 _MIN_CELL_SIZE: Final = 0.1
 """Å; least singular value of the repeating cell vectors. Flatter ones have no volume, and a cell list never ends"""
-_FINITE: Final = ("positions", "cell", "total_charge", "num_unpaired_electrons")
-_FINITE_LABELS: Final = ("energy", "forces", "stress", "dipole", "partial_charges", "hirshfeld_ratios")
-SLOPE_BAND: Final = (0.3, 3.0)
-"""Separates correct units from every pair of wrong ones on five real sets"""
-_MIN_PAIRS: Final = 10
-_SAME_SHAPE: Final = 1e-3
-"""Å; below it float32 positions are noise"""
-_MAX_FRAMES: Final = 200
-_MAX_SIZES: Final = 8
+MAX_CHARGE_ERROR: Final = 0.05
+"""e; partial charges that add up to the total charge up to the error of their grid are closer than that"""
+OUTLIER_MADS: Final = 20.0
+"""Energies this many median absolute deviations off are faulty: thermal ones stay below ten"""
+_MIN_MAD: Final = 5e-3
+"""eV/atom; twenty of them are what 800 K more make. In sets of relaxed structures a warm one is no fault"""
+_MIN_ENERGIES: Final = 10
+_FREE_ATOMS: Final = 2
+"""Structures of so few atoms may be unbound, ..."""
+_BINDING: Final = 10.0
+"""eV/atom; ... which is less than this off the baselines of bound atoms"""
+_IONISATION: Final = 20.0
+"""eV per charge; baselines are of neutral atoms. More than the first three electrons of any metal cost on average"""
+
+ELECTRON_REASONS: Final = ("charge or spin impossible", "electron parity")
+"""What is wrong with the number of electrons, which depends on charge and spin"""
+DISTANCE_REASONS: Final = ("atoms too close", "clashing atoms")
+_SHAPES: Final[dict[str, tuple[int | str, ...]]] = {
+    "atomic_numbers": ("num_atoms",),
+    "positions": ("num_atoms", 3),
+    "cell": (3, 3),
+    "pbc": (3,),
+    "total_charge": (),
+    "num_unpaired_electrons": (),
+    "energy": (),
+    "forces": ("num_atoms", 3),
+    "stress": (3, 3),
+    "dipole": (3,),
+    "partial_charges": ("num_atoms",),
+    "hirshfeld_ratios": ("num_atoms",),
+}
+_KINDS: Final = {"atomic_numbers": "iu", "pbc": "b"}
+"""numpy's kinds of number that a field may have; the others hold real numbers"""
+_DOUBLE: Final = ("energy", "cell")
+"""stored in double precision, the others in single"""
+_LARGEST_SINGLE: Final = float(np.finfo(np.float32).max)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -46,32 +77,89 @@ def find_problem(graph: Graph, max_force: float) -> Problem | None:
     """Return the first thing that is wrong with a labelled structure, or None.
 
     Args:
-        graph: A structure.
+        graph: A structure; its arrays may have any shapes.
         max_force: eV/Å; larger forces than that are taken for a failure.
     """
-    for name in (*_FINITE, *_FINITE_LABELS):  # before any distance: vesin dies of nan with a signal
+    checks: tuple[Callable[[Graph], Problem | None], ...] = (
+        _find_shape_problem,
+        _find_value_problem,  # before any distance: vesin dies of nan with a signal
+        _find_element_problem,
+        _find_place_problem,
+        _find_cell_problem,
+        _find_distance_problem,
+        functools.partial(_find_force_problem, max_force=max_force),
+        find_parity_problem,
+    )
+    return next((problem for check in checks if (problem := check(graph)) is not None), None)
+
+
+def _find_shape_problem(graph: Graph) -> Problem | None:
+    num_atoms = np.asarray(graph.atomic_numbers).size
+    if not num_atoms:
+        return _refuse_elements("no atoms")
+    for name, symbols in _SHAPES.items():
         value = getattr(graph, name)
-        if value is not None and not np.all(np.isfinite(value)):
+        if value is None and name not in ("atomic_numbers", "positions", "total_charge", "num_unpaired_electrons"):
+            continue
+        array = np.asarray(value)
+        shape = tuple(num_atoms if s == "num_atoms" else s for s in symbols)
+        if array.shape != shape:
+            return Problem(f"{name} of wrong shape", f"have {name} of shape {shape}", str(array.shape))
+        if array.dtype.kind not in _KINDS.get(name, "fiu"):
+            return Problem(f"{name} of wrong type", f"have numbers for {name}", str(array.dtype))
+    return None
+
+
+def _find_value_problem(graph: Graph) -> Problem | None:
+    for name in _SHAPES:
+        if name in _KINDS or (value := getattr(graph, name)) is None:
+            continue
+        if not np.all(np.isfinite(value)):
             return Problem(f"{name} not finite", f"have finite {name}", "nan or infinity")
+        largest = float(np.abs(value).max(initial=0.0))
+        if name not in _DOUBLE and largest > _LARGEST_SINGLE:
+            return Problem(f"{name} not finite", f"have {name} that single precision holds", f"{largest:.3g}")
+    return None
+
+
+def _find_element_problem(graph: Graph) -> Problem | None:
     numbers = graph.atomic_numbers
-    if not are_elements(numbers):
-        found = "no atoms" if not len(numbers) else f"{numbers.min()} to {numbers.max()}"
-        return Problem("unknown element", f"have atomic numbers from 1 to {MAX_ATOMIC_NUMBER}", found)
-    if (size := _find_cell_size(graph)) < _MIN_CELL_SIZE:
-        return Problem("flat cell", "have a cell that is not flat along its periodic directions", f"{size:.3f} Å")
-    if (distance := find_min_distance(graph)) < MIN_DISTANCE:
-        return Problem("atoms too close", f"have its atoms at least {MIN_DISTANCE} Å apart", f"{distance:.3f} Å")
-    if graph.forces is not None:
-        largest = float(np.linalg.norm(graph.forces, axis=1).max())
-        if largest > max_force:
-            return Problem("force too large", f"have forces of at most {max_force:g} eV/Å", f"{largest:.3g} eV/Å")
-    return find_parity_problem(graph)
+    if are_elements(numbers):
+        return None
+    return _refuse_elements(f"{numbers.min()} to {numbers.max()}")
+
+
+def _refuse_elements(got: str) -> Problem:
+    return Problem("unknown element", f"have atomic numbers from 1 to {MAX_ATOMIC_NUMBER}", got)
 
 
 def are_elements(atomic_numbers: IntArray) -> bool:
     """Return whether there are atoms, and all of them of known elements."""
     known = (atomic_numbers >= 1) & (atomic_numbers <= MAX_ATOMIC_NUMBER)
     return bool(len(atomic_numbers) and np.all(known))
+
+
+def _find_place_problem(graph: Graph) -> Problem | None:
+    for name in ("positions", "cell"):
+        value = getattr(graph, name)
+        largest = 0.0 if value is None else float(np.abs(value).max())
+        if largest > _MAX_COORDINATE:
+            return Problem(f"{name} too far out", f"have {name} within {_MAX_COORDINATE:g} Å", f"{largest:.3g} Å")
+    return None
+
+
+def _find_cell_problem(graph: Graph) -> Problem | None:
+    if (size := _find_cell_size(graph)) < _MIN_CELL_SIZE:
+        return Problem("flat cell", "have a cell that is not flat along its periodic directions", f"{size:.3f} Å")
+    if graph.stress is None:
+        return None
+    rule = "have a periodic cell with a volume where it has a stress"
+    if graph.cell is None or not graph.is_periodic:
+        return Problem("stress without cell", rule, "no cell" if graph.cell is None else "no periodic direction")
+    whole = dataclasses.replace(graph, pbc=np.ones(3, bool))
+    if (size := _find_cell_size(whole)) < _MIN_CELL_SIZE:
+        return Problem("stress without cell", rule, f"a cell that is {size:.3f} Å thin")
+    return None
 
 
 def _find_cell_size(graph: Graph) -> float:
@@ -82,24 +170,78 @@ def _find_cell_size(graph: Graph) -> float:
     return float(np.linalg.svd(cell[np.asarray(graph.pbc, bool)], compute_uv=False).min())
 
 
-def check_max_force(value: float) -> None:
-    """Raise `DataError` where `--max-force` is no limit: nothing is larger than nan, and everything than a negative one."""
-    if not (np.isfinite(value) and value > 0):
-        raise DataError("--max-force", "be a positive, finite number of eV/Å", value, "Give one like 50")
+def _find_distance_problem(graph: Graph) -> Problem | None:
+    radii = load_covalent_radii()[graph.atomic_numbers]
+    near = find_close_pairs(graph, max(MIN_DISTANCE, 2 * MIN_RADII * float(radii.max())))
+    if not len(near.distances):
+        return None
+    closest = int(near.distances.argmin())
+    if (distance := near.distances[closest]) < MIN_DISTANCE:
+        return Problem(DISTANCE_REASONS[0], f"have its atoms at least {MIN_DISTANCE} Å apart", f"{distance:.3f} Å")
+    shares = near.distances / (radii[near.first] + radii[near.second])
+    worst = int(shares.argmin())
+    if shares[worst] >= MIN_RADII:
+        return None
+    pair = name_elements([int(graph.atomic_numbers[side[worst]]) for side in (near.first, near.second)])
+    rule = f"have no atoms closer than {MIN_RADII:g} of the sum of their covalent radii"
+    return Problem(DISTANCE_REASONS[1], rule, f"{pair} at {near.distances[worst]:.3f} Å, {shares[worst]:.2f} of it")
+
+
+@functools.cache
+def load_covalent_radii() -> FloatArray:
+    """Return (119,) covalent radii by atomic number in Å (Cordero et al., Dalton Trans. 2008, 2832), as ASE has them."""
+    from ase.data import covalent_radii
+
+    return np.asarray(covalent_radii, np.float64)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ClosePairs:
+    """Pairs of atoms that are close to each other."""
+
+    first: IntArray
+    second: IntArray
+    distances: FloatArray
+    """(num_pairs,) Å"""
+
+
+def find_close_pairs(graph: Graph, cutoff: float) -> ClosePairs:
+    """Return all pairs of atoms, periodic images too, that are closer than a distance.
+
+    Args:
+        graph: A structure with finite positions and a cell that is not flat.
+        cutoff: Å.
+
+    Returns:
+        The pairs. Where atoms coincide, which no neighbour list takes, only that one pair of distance zero (of the first atom).
+    """
+    try:
+        near = build_neighbors(graph, cutoff)
+    except DataError:
+        zero = np.zeros(1, np.int64)
+        return ClosePairs(zero, zero, np.zeros(1))
+    first, second = np.asarray(near.pair_first), np.asarray(near.pair_second)
+    vectors = graph.positions[second].astype(np.float64) - graph.positions[first]
+    if near.pair_shifts is not None and graph.cell is not None:
+        vectors = vectors + near.pair_shifts @ graph.cell
+    return ClosePairs(first, second, np.linalg.norm(vectors, axis=1))
 
 
 def find_min_distance(graph: Graph) -> float:
     """Return the shortest distance between two atoms (Å), infinity where none is below 0.3 Å."""
-    try:
-        near = build_neighbors(graph, MIN_DISTANCE)
-    except DataError:
-        return 0.0
-    if near.pair_first is None or near.pair_second is None or not len(near.pair_first):
-        return np.inf
-    vectors = graph.positions[near.pair_second].astype(np.float64) - graph.positions[near.pair_first]
-    if near.pair_shifts is not None and graph.cell is not None:
-        vectors = vectors + near.pair_shifts @ graph.cell
-    return float(np.linalg.norm(vectors, axis=1).min())
+    return float(find_close_pairs(graph, MIN_DISTANCE).distances.min(initial=np.inf))
+
+
+def _find_force_problem(graph: Graph, max_force: float) -> Problem | None:
+    if graph.forces is None or (largest := float(np.linalg.norm(graph.forces, axis=1).max())) <= max_force:
+        return None
+    return Problem("force too large", f"have forces of at most {max_force:g} eV/Å", f"{largest:.3g} eV/Å")
+
+
+def check_max_force(value: float) -> None:
+    """Raise `DataError` where `--max-force` is no limit: nothing is larger than nan, and everything than a negative one."""
+    if not (np.isfinite(value) and value > 0):
+        raise DataError("--max-force", "be a positive, finite number of eV/Å", value, "Give one like 50")
 
 
 def find_parity_problem(graph: Graph) -> Problem | None:
@@ -109,13 +251,26 @@ def find_parity_problem(graph: Graph) -> Problem | None:
     whole = electrons.is_integer() and unpaired.is_integer()  # nan and infinity are none
     if not whole or not 0 <= unpaired <= max(electrons, 0):
         got = f"charge {graph.total_charge:g} and {unpaired:g} unpaired electrons"
-        return Problem(
-            "charge or spin impossible", "have a whole charge and a possible number of unpaired electrons", got
-        )
+        return Problem(ELECTRON_REASONS[0], "have a whole charge and a possible number of unpaired electrons", got)
     if (round(electrons) - round(unpaired)) % 2:
         got = f"{round(electrons)} electrons with {unpaired:g} unpaired at charge {graph.total_charge:g}"
-        return Problem("electron parity", "have as many paired electrons as come in pairs", got)
+        return Problem(ELECTRON_REASONS[1], "have as many paired electrons as come in pairs", got)
     return None
+
+
+def find_doubts(graph: Graph) -> list[Problem]:
+    """Return what a person should look at in a sound structure: nothing that has to be left out.
+
+    Args:
+        graph: A structure without a problem.
+    """
+    if graph.partial_charges is None:
+        return []
+    total = float(np.sum(graph.partial_charges, dtype=np.float64))
+    if abs(total - graph.total_charge) <= MAX_CHARGE_ERROR:
+        return []
+    rule = f"have partial charges that add up to its total charge, {graph.total_charge:g} e"
+    return [Problem("partial charges do not add up", rule, f"{total:.3f} e")]
 
 
 def describe(graph: Graph) -> str:
@@ -137,84 +292,72 @@ def estimate_total_energy(atomic_numbers: np.ndarray) -> float:
     return HARTREE_EV * float(np.sum(-0.768745 * z ** (7 / 3) + z**2 / 2 - 0.2699 * z ** (5 / 3)))
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class UnitsSlope:
-    """How much energies change per work of the forces: one where units agree, negative where the forces' sign is wrong."""
-
-    slope: float
-    error: float
-    """standard error of the slope"""
-    num_pairs: int
-
-    @property
-    def agrees(self) -> bool:
-        """Whether the slope is in `SLOPE_BAND` or its error is too large to tell."""
-        return SLOPE_BAND[0] - 4 * self.error <= self.slope <= SLOPE_BAND[1] + 4 * self.error
-
-    def explain(self) -> str:
-        """Return in words what a slope outside of the band means."""
-        if self.slope < -4 * self.error:
-            return (
-                f"energies that fall where the forces say they rise (slope {self.slope:.2g}: are the forces gradients?)"
-            )
-        return f"energies that change {self.slope:.2g} times as much as the forces say"
-
-
-def measure_units_slope(graphs: Sequence[Graph]) -> UnitsSlope | None:
-    """Regress energy differences of near pairs of conformers on the work of the mean force between them.
-
-    The error of the work is of third order in the distance, so pairs weigh as its sixth power: the nearest decide.
-
-    Args:
-        graphs: Structures with energies and forces, in eV and Å as far as one knows.
-
-    Returns:
-        The slope, or None where fewer than ten near pairs exist.
-    """
-    by_atoms: dict[bytes, list[Graph]] = defaultdict(list)
-    for graph in graphs:
-        if graph.energy is not None and graph.forces is not None and graph.num_atoms > 1:
-            by_atoms[np.asarray(graph.atomic_numbers, np.uint8).tobytes()].append(graph)
-    pairs = []
-    for group in sorted(by_atoms.values(), key=len, reverse=True)[:_MAX_SIZES]:
-        stride = max(1, len(group) // _MAX_FRAMES)
-        pairs.append(_compare_near_pairs(group[::stride][:_MAX_FRAMES]))
-    change, work, distance = np.concatenate(pairs, axis=1) if pairs else np.zeros((3, 0))
-    if len(change) < _MIN_PAIRS or not np.any(work):
-        return None
-    weights = (distance / distance.min()) ** -6
-    norm = float(np.sum(weights * work * work))
-    slope = float(np.sum(weights * change * work)) / norm
-    residual = weights * work * (change - slope * work)
-    return UnitsSlope(slope, float(np.linalg.norm(residual)) / norm, len(change))
-
-
-def _compare_near_pairs(graphs: Sequence[Graph]) -> FloatArray:
-    """Return (3, num_pairs) energy change (eV), work (eV), distance (Å) of the nearest tenth of all pairs of different shape."""
-    if len(graphs) < 2:
-        return np.zeros((3, 0))
-    positions = np.stack([g.positions for g in graphs]).astype(np.float64)
-    positions -= positions.mean(1, keepdims=True)
-    forces = np.stack([np.asarray(g.forces) for g in graphs]).astype(np.float64)
-    energies = np.array([g.energy for g in graphs], np.float64)
-    first, second = np.triu_indices(len(graphs), k=1)
-    rotations = _align(positions[second], positions[first])
-    steps = np.einsum("pij,pnj->pni", rotations, positions[second]) - positions[first]
-    distances = np.sqrt(np.einsum("pni,pni->p", steps, steps) / positions.shape[1])
-    near = np.argsort(distances, kind="stable")[: min(len(graphs), max(_MIN_PAIRS, len(first) // 10))]
-    near = near[distances[near] > _SAME_SHAPE]
-    turned = np.einsum("pij,pnj->pni", rotations[near], forces[second[near]])
-    work = -0.5 * np.einsum("pni,pni->p", forces[first[near]] + turned, steps[near])
-    return np.stack([energies[second[near]] - energies[first[near]], work, distances[near]])
-
-
-def _align(moving: FloatArray, fixed: FloatArray) -> FloatArray:
-    """Return (num_pairs, 3, 3) rotations that turn `moving` onto `fixed` (Kabsch, Acta Cryst. A32, 922 (1976))."""
-    left, _, right = np.linalg.svd(np.einsum("pni,pnj->pij", fixed, moving))
-    left[:, :, 2] *= np.sign(np.linalg.det(left @ right))[:, None]
-    return np.asarray(left @ right)
-
-
 def name_elements(numbers: Sequence[int]) -> str:
     """Return element symbols with spaces between them; numbers that are no element's stay numbers."""
     return " ".join(ELEMENT_SYMBOLS[z] if 0 <= z <= MAX_ATOMIC_NUMBER else str(z) for z in numbers)
+
+
+# ------------------------------------------------------------------------------------- energies far off the baselines
+
+
+def compute_residual(graph: Graph, baselines: Mapping[str, Any]) -> float | None:
+    """Return the energy less the baselines per atom (eV/atom), None without an energy or one of the baselines.
+
+    Args:
+        graph: A structure.
+        baselines: eV by atomic number, as a text, as the manifest has them.
+    """
+    numbers = graph.atomic_numbers.tolist()
+    if graph.energy is None or not all(str(z) in baselines for z in set(numbers)):
+        return None
+    return float(graph.energy - sum(baselines[str(z)] for z in numbers)) / len(numbers)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class EnergyBand:
+    """Where the energies of one level of theory lie, less their baselines; made by `measure_energy_band`."""
+
+    median: float
+    """eV/atom"""
+    mad: float
+    """eV/atom, median absolute deviation, at least the noise of relaxed structures"""
+
+    def count_mads(self, residual: float) -> float:
+        """Return how many median absolute deviations a residual (eV/atom) is off."""
+        return abs(residual - self.median) / self.mad
+
+    def find_limit(self, num_atoms: int, total_charge: float) -> float:
+        """Return how far off a residual may be (eV/atom); free atoms and ions may be further off than molecules."""
+        binding = _BINDING if num_atoms <= _FREE_ATOMS else 0.0
+        return max(OUTLIER_MADS * self.mad, binding) + _IONISATION * abs(total_charge) / num_atoms
+
+    def find_problem(self, residual: float | None, num_atoms: int, total_charge: float = 0.0) -> Problem | None:
+        """Return what is wrong with an energy, or None.
+
+        Args:
+            residual: eV/atom, energy less baselines; None, where there is none, is fine.
+            num_atoms: Of the structure.
+            total_charge: e.
+        """
+        limit = self.find_limit(num_atoms, total_charge)
+        if residual is None or abs(residual - self.median) <= limit:
+            return None
+        off = f"{residual - self.median:.3g} eV/atom off, {self.count_mads(residual):.0f} median deviations"
+        return Problem("energy off the baselines", f"have an energy within {limit:.3g} eV/atom of the usual", off)
+
+
+def measure_energy_band(residuals: FloatArray) -> EnergyBand | None:
+    """Return where most energies lie, however wrong up to nearly half of them are.
+
+    Args:
+        residuals: (num_structures,) eV/atom, energies less baselines of one level of theory: of all, or of a fair sample.
+            What is not finite is passed over.
+
+    Returns:
+        The band, or None for less than ten energies.
+    """
+    finite = residuals[np.isfinite(residuals)]
+    if len(finite) < _MIN_ENERGIES:
+        return None
+    median = float(np.median(finite))
+    return EnergyBand(median, max(float(np.median(np.abs(finite - median))), _MIN_MAD))

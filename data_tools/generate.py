@@ -8,12 +8,9 @@ trained on. The manifest takes its name from --name, or from the folder.
 """
 
 import argparse
-import contextlib
-import multiprocessing
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -30,6 +27,7 @@ from data_tools.dataset import (
     describe_versions,
     write_dataset,
 )
+from data_tools.processes import start_pool
 from data_tools.sampling import Molecule, Sample, Task
 from so3krates_dist.errors import DataError
 from so3krates_dist.graph import Graph
@@ -47,7 +45,6 @@ Splits are by conformer: what is held out for validation and test are other fram
 the trajectories that are trained on, not other molecules. The name in the manifest
 is that of --name, or the folder's.
 """
-_THREAD_VARIABLES: Final = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -142,7 +139,7 @@ def _temperatures(arguments: argparse.Namespace) -> list[float]:
     return list(DEFAULT_TEMPERATURES if arguments.temperatures is None else arguments.temperatures)
 
 
-def _load_molecules(arguments: argparse.Namespace) -> tuple[dict[str, str], list[Molecule]]:
+def _load_molecules(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[Molecule]]:
     if arguments.smiles is not None:
         found = molecules.load_smiles(arguments.smiles)
         return describe_source(arguments.smiles), found
@@ -204,7 +201,7 @@ def label(
     """
     samples = []
     try:
-        with _one_thread_each(), _start_pool(processes, len(tasks)) as pool:
+        with start_pool(processes, len(tasks)) as pool:
             isolated = pool.submit(xtb.compute_isolated_atoms, elements)
             for result in pool.map(sampling.run_task, tasks, chunksize=max(1, min(16, len(tasks) // (8 * processes)))):
                 samples.append(result)
@@ -213,27 +210,6 @@ def label(
     except BrokenProcessPool as error:
         where = f"worker process, after {len(samples)} of {len(tasks)} tasks,"
         raise DataError(where, "live until its work is done", error, "Look for lack of memory; try again") from error
-
-
-def _start_pool(processes: int, num_tasks: int) -> ProcessPoolExecutor:
-    """Start fresh processes: forked ones would share the thread pools of libraries that are loaded here."""
-    context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(max_workers=min(processes, max(num_tasks, 1)), mp_context=context)
-
-
-@contextlib.contextmanager
-def _one_thread_each() -> Iterator[None]:
-    """Give processes that are started meanwhile one thread each; libraries read this when they are loaded."""
-    before = {name: os.environ.get(name) for name in _THREAD_VARIABLES}
-    os.environ.update(dict.fromkeys(_THREAD_VARIABLES, "1"))
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 def sort_out(
@@ -276,7 +252,7 @@ def _to_graph(molecule: Molecule, sample: Sample) -> Graph:
 
 
 def _describe(
-    arguments: argparse.Namespace, source: Mapping[str, str], found: Sequence[Molecule], tasks: Sequence[Task]
+    arguments: argparse.Namespace, source: Mapping[str, Any], found: Sequence[Molecule], tasks: Sequence[Task]
 ) -> dict[str, Any]:
     kind = tasks[0].kind
     packages = ["numpy", "ase", "tblite"] + (["rdkit"] if kind == "langevin" else [])

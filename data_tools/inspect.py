@@ -1,4 +1,4 @@
-"""`so3krates inspect`: what is in a data set, as text and, on request, as a picture."""
+"""`so3krates inspect`: what is in a data set, as text and, on request, as a picture or a report."""
 
 import argparse
 from collections.abc import Sequence
@@ -7,16 +7,15 @@ from typing import Any, Final
 
 import numpy as np
 
-from data_tools import gate
+from data_tools import drawing, gate, quarantine, report, survey
 from data_tools.console import print_table, say
-from data_tools.validate import compute_residual
 from so3krates_dist.data import shards
 from so3krates_dist.data.neighbors import build_neighbors
-from so3krates_dist.data.shards import iter_graphs
 from so3krates_dist.errors import DataError
 from so3krates_dist.graph import ELEMENT_SYMBOLS, FloatArray, Graph
 
 _MAX_PICTURE_CONFORMERS: Final = 2000
+_MAX_GROUPS: Final = 40
 _PICTURE_CUTOFF: Final = 6.0
 """Å, of the distances in the picture"""
 
@@ -27,29 +26,60 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--picture", type=Path, metavar="FILE", help="PNG with histograms of energies, forces, distances"
     )
+    parser.add_argument(
+        "--report", type=Path, metavar="FILE", help=".html (one file with pictures inside) or .png: all there is to see"
+    )
+    parser.add_argument(
+        "--max-conformers", type=int, default=report.DEFAULT_LIMIT, metavar="N",
+        help="read about so many for the report, in evenly spaced blocks (%(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--all", action="store_true", help="read all conformers for the report")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the report of a data set; returns the exit code."""
+    if arguments.max_conformers < 1:
+        raise DataError("--max-conformers", "be at least 1", arguments.max_conformers, "Give one like 20000")
+    if arguments.report is not None:
+        report.check_target(arguments.report)
     manifest = shards.check_dataset(arguments.folder)
     print_report(manifest)
+    say_quarantine(arguments.folder)
     if arguments.picture is not None:
         draw_picture(arguments.folder, manifest, arguments.picture)
         say(f"picture: {arguments.picture}")
+    if arguments.report is not None:
+        limit = None if arguments.all else arguments.max_conformers
+        seen = report.write_report(arguments.folder, arguments.report, limit=limit)
+        say(f"report of {seen.num_read} of {seen.num_conformers} conformers: {arguments.report}")
     return 0
+
+
+def say_quarantine(folder: Path) -> None:
+    """Print how many structures were left out when the data set was made, and why."""
+    path = folder / quarantine.QUARANTINE_NAME
+    if path.is_file() and (counts := quarantine.count_reasons(quarantine.iter_quarantine(path))):
+        reasons = ", ".join(f"{number} for {reason}" for reason, number in counts.most_common())
+        say(f"in quarantine: {sum(counts.values())} ({reasons}), see {path}")
 
 
 def print_report(manifest: shards.Manifest) -> None:
     """Print what the manifest says."""
     say(f"{manifest.name}: {manifest.level_of_theory}, licence {manifest.licence}, fingerprint {manifest.fingerprint}")
-    say(f"labels: {', '.join(manifest.labels)}; made by {manifest.provenance.get('tool', 'unknown')}")
+    total = sum(s.num_conformers for s in manifest.shards)
+    counts = {label: sum(part.get(label, 0) for part in manifest.label_counts.values()) for label in manifest.labels}
+    labels = [label if counts[label] in (0, total) else f"{label} ({counts[label]} of {total})" for label in counts]
+    say(f"labels: {', '.join(labels)}; made by {manifest.provenance.get('tool', 'unknown')}")
     rows = [
-        (split, manifest.num_conformers(split), len(files), sum(len(f.blocks) for f in files), _megabytes(files))
+        (split, manifest.num_conformers(split), len(files), sum(f.num_blocks for f in files), _megabytes(files))
         for split in shards.SPLITS
         if (files := manifest.of_split(split))
     ]
     print_table("splits", ["split", "conformers", "shards", "blocks", "MB"], rows)
-    print_table("groups", ["group", "conformers"], list(manifest.groups.items()))
+    ranked = sorted(manifest.groups.items(), key=lambda item: (-item[1], item[0]))
+    print_table("groups", ["group", "conformers"], ranked[:_MAX_GROUPS])
+    if len(ranked) > _MAX_GROUPS:
+        say(f"  and {len(ranked) - _MAX_GROUPS} more groups")
     _print_statistics(manifest.statistics)
     for reason, count in manifest.provenance.get("dropped", {}).items():
         say(f"dropped: {count} for {reason}")
@@ -95,29 +125,26 @@ def draw_picture(folder: Path, manifest: shards.Manifest, path: Path) -> None:
     Raises:
         DataError: The picture cannot be written there.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    first = zip(range(_MAX_PICTURE_CONFORMERS), iter_graphs(folder, manifest, "train"), strict=False)
-    graphs = [g for _, g in first if gate.find_problem(g, np.inf) is None]  # `validate` names the others
-    residuals = np.array([r for g in graphs if (r := compute_residual(g, manifest)) is not None])
+    with shards.open_dataset(folder, manifest=manifest) as dataset:
+        blocks = survey.choose_blocks(dataset, _MAX_PICTURE_CONFORMERS, ["train"])
+        placed = list(survey.iter_placed(dataset, blocks))
+    graphs = [p.graph for p in placed if gate.find_problem(p.graph, np.inf) is None]  # `validate` names the others
+    baselines = manifest.statistics.get("energy_baselines", {})
+    residuals = np.array([r for g in graphs if (r := gate.compute_residual(g, baselines)) is not None])
     forces = [np.linalg.norm(g.forces, axis=1) for g in graphs if g.forces is not None]
     panels = [
         ("energy less baselines (meV/atom)", 1000 * residuals),
         ("force on an atom (eV/Å)", np.concatenate(forces) if forces else np.zeros(0)),
         ("distance of two atoms (Å)", np.concatenate([np.zeros(0), *map(_compute_distances, graphs)])),
     ]
-    figure = Figure(figsize=(12, 3.5), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = drawing.make_figure(12, 3.5)
     for axes, (label, values) in zip(figure.subplots(1, 3), panels, strict=True):
         axes.hist(values, bins=80, color="tab:blue")
         axes.set_xlabel(label)
         axes.set_yticks([])
-    figure.suptitle(f"{manifest.name}: {len(graphs)} training conformers, {manifest.level_of_theory}")
-    try:
-        figure.savefig(path, dpi=120, format="png")
-    except OSError as error:
-        raise DataError(str(path), "be writable", error.strerror, "Choose another --picture") from error
+    title = drawing.make_plain(f"{manifest.name}: {len(graphs)} training conformers, {manifest.level_of_theory}")
+    figure.suptitle(title, parse_math=False)
+    drawing.save_figure(figure, path, "Choose another --picture")
 
 
 def _compute_distances(graph: Graph) -> FloatArray:

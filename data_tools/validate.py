@@ -1,63 +1,64 @@
 """`so3krates validate`: is a data set folder whole, and can its labels be believed?
 
-Errors are what must not be trained on: bytes that differ from what was written, counts that do not fit the manifest, labels that
-are not finite, atoms on top of each other, conformers in the wrong split. Warnings are what a person should look at: large
-forces, energies far off the baselines, energies and forces that do not follow each other.
+Errors are what must not be trained on: bytes that differ from what was written, an index or counts that do not fit the blocks,
+labels that are not finite, atoms on top of each other, conformers in the wrong split or in two. Warnings are what a person should
+look at: large forces, energies far off the baselines, energies and forces that do not follow each other. Shards are read one by
+one, block by block, in as many processes as asked for; memory does not grow with the data set.
 """
 
 import argparse
+import contextlib
 import dataclasses
+import functools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Final
 
 import numpy as np
 
-from data_tools import gate
-from data_tools.console import say
-from data_tools.dataset import check_block_counts, find_split
-from so3krates_dist import files
+from data_tools import detective, gate, report, survey
+from data_tools.console import Progress, say
+from data_tools.examine import Findings, Settings, ShardReport, check_file, examine_shard
+from data_tools.processes import start_pool
+from data_tools.repeats import GeometryHashes
 from so3krates_dist.data import shards
-from so3krates_dist.data.statistics import hash_geometry
 from so3krates_dist.errors import EXIT_DATA, EXIT_DONE, DataError
-from so3krates_dist.graph import FloatArray, Graph
 
 DEFAULT_MAX_FORCE: Final = 50.0
 """eV/Å; more is a warning"""
-OUTLIER_MADS: Final = 20.0
-"""Energies per atom this many median absolute deviations off the baselines are a warning: thermal ones stay below ten"""
-_MIN_MAD: Final = 1e-3
-"""eV/atom"""
 _MAX_LINES: Final = 20
 _SAMPLE: Final = 2000
+"""training conformers, in evenly spaced blocks, that units and the usual energies are told from"""
+_MIN_PROGRESS: Final = 20
+"""shards; fewer are read before anybody wonders"""
 
 
 @dataclasses.dataclass(slots=True)
-class Report:
-    """What was found, one line each."""
+class Report(Findings):
+    """What was found in a data set, one line each."""
 
-    errors: list[str] = dataclasses.field(default_factory=list)
-    warnings: list[str] = dataclasses.field(default_factory=list)
     num_conformers: int = 0
     num_blocks: int = 0
-
-    def error(self, where: str, rule: str, got: object, remedy: str = "Make the data set anew") -> None:
-        """Note an error in the words that `DataError` has."""
-        self.errors.append(str(DataError(where, rule, got, remedy)))
+    units: detective.UnitsVerdict | None = None
+    """None where no conformer could be read"""
 
 
 @dataclasses.dataclass(slots=True)
-class _Findings:
-    """What is gathered while conformers go by."""
+class _Totals:
+    """What was counted, to be compared with the manifest."""
 
     groups: Counter[str] = dataclasses.field(default_factory=Counter)
     splits: Counter[str] = dataclasses.field(default_factory=Counter)
-    elements: dict[str, set[int]] = dataclasses.field(default_factory=dict)
-    residuals: list[float] = dataclasses.field(default_factory=list)
-    places: list[str] = dataclasses.field(default_factory=list)
-    sample: list[Graph] = dataclasses.field(default_factory=list)
-    """of the training split"""
+    labels: dict[str, Counter[str]] = dataclasses.field(default_factory=lambda: {s: Counter() for s in shards.SPLITS})
+    elements: dict[str, set[int]] = dataclasses.field(default_factory=lambda: {s: set() for s in shards.SPLITS})
+
+    def add(self, split: str, found: ShardReport) -> None:
+        self.groups += found.groups
+        self.splits[split] += found.num_conformers
+        self.labels[split] += found.labels
+        self.elements[split] |= found.elements
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,179 +67,174 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-force", type=float, default=DEFAULT_MAX_FORCE, help="eV/Å, more is a warning (%(default)s)"
     )
+    parser.add_argument("--workers", type=int, default=1, help="processes that read shards (%(default)s)")
+    parser.add_argument(
+        "--report",
+        type=Path,
+        metavar="FILE",
+        help=".html or .png like that of `so3krates inspect`, with what was found",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Validate a data set and print what was found; returns the exit code."""
     gate.check_max_force(arguments.max_force)
-    report = validate(arguments.folder, max_force=arguments.max_force)
-    for kind, lines in (("error", report.errors), ("warning", report.warnings)):
+    if arguments.report is not None:
+        report.check_target(arguments.report)
+    found = validate(arguments.folder, max_force=arguments.max_force, workers=arguments.workers)
+    for kind in ("errors", "warnings"):
+        lines, name = getattr(found, kind), kind.removesuffix("s")
         for line in lines[:_MAX_LINES]:
-            say(f"{kind}: {line}")
-        if len(lines) > _MAX_LINES:
-            say(f"{kind}: and {len(lines) - _MAX_LINES} more")
-    verdict = "is not valid" if report.errors else "is valid"
-    found = f"{len(report.errors)} errors, {len(report.warnings)} warnings"
-    say(f"{arguments.folder} {verdict}: {report.num_conformers} conformers in {report.num_blocks} blocks, {found}")
-    return EXIT_DATA if report.errors else EXIT_DONE
+            say(f"{name}: {line}")
+        if (more := found.count(kind) - _MAX_LINES) > 0:
+            say(f"{name}: and {more} more")
+    if found.units is not None:
+        say(f"units check: {found.units}")
+    if arguments.report is not None:
+        report.write_report(arguments.folder, arguments.report, findings=found)
+        say(f"report: {arguments.report}")
+    verdict = "is not valid" if found.errors else "is valid"
+    counts = f"{found.count('errors')} errors, {found.count('warnings')} warnings"
+    say(f"{arguments.folder} {verdict}: {found.num_conformers} conformers in {found.num_blocks} blocks, {counts}")
+    return EXIT_DATA if found.errors else EXIT_DONE
 
 
-def validate(folder: Path, *, max_force: float = DEFAULT_MAX_FORCE) -> Report:
+def validate(folder: Path, *, max_force: float = DEFAULT_MAX_FORCE, workers: int = 1) -> Report:
     """Read all of a data set and check it.
 
     Args:
         folder: Data set.
         max_force: eV/Å; larger forces are warnings.
+        workers: Processes that read shards; the findings do not depend on it.
 
     Returns:
         Errors name shard, block and number of the conformer.
 
     Raises:
-        DataError: There is no manifest, or none that can be read.
+        DataError: There is no manifest, or none that can be read, or there are no workers.
     """
-    manifest = shards.load_manifest(folder)
-    report, findings = Report(), _Findings()
-    bounds = _read_bounds(manifest, report)
-    for shard in manifest.shards:
-        _check_shard(folder, shard, report)
-        for place, graph in _iter_conformers(folder, shard, report):
-            is_sound = _check_conformer(graph, place, report, max_force)
-            _check_split(graph, place, shard.split, manifest, bounds, report)
-            _count(graph, shard.split, findings)
-            if is_sound:
-                _gather(graph, place, shard.split, manifest, findings)
-    report.num_conformers = sum(findings.groups.values())
-    _compare_with_manifest(folder, manifest, findings, report)
-    _look_for_outliers(findings, report)
-    _look_at_units(findings, report)
-    return report
+    if workers < 1:
+        raise DataError("--workers", "be at least 1", workers, "Give one per core")
+    manifest, found, totals = shards.load_manifest(folder), Report(), _Totals()
+    seed, bounds = _read_split(manifest, found)
+    with shards.open_dataset(folder, manifest=manifest) as dataset, contextlib.ExitStack() as stack:
+        has_table = _check_table(dataset, found)
+        band = _look_at_sample(dataset, found) if has_table else None
+        settings = Settings(folder, manifest, has_table, max_force, seed, bounds, band)
+        hashes = stack.enter_context(GeometryHashes(sum(s.num_conformers for s in manifest.shards)))
+        for shard, part in zip(manifest.shards, examine_all(settings, workers), strict=True):
+            found.add(part.findings)
+            found.num_blocks += part.num_blocks
+            found.num_conformers += part.num_conformers
+            totals.add(shard.split, part)
+            hashes.add(part.hashes, part.numbers)
+        _look_for_repeats(dataset, hashes, found)
+    _compare_with_manifest(folder, manifest, totals, found)
+    if found.units is not None and found.units.findings:
+        found.warn(f"the data set has {found.units.explain()}; are its units right?")
+    return found
 
 
-def _check_shard(folder: Path, shard: shards.ShardEntry, report: Report) -> None:
-    path = folder / shard.file
-    if not path.is_file():
-        report.error(str(path), "be there, the manifest lists it", "no such file", "Copy the data set again")
-    elif (found := files.hash_file(path)) != shard.sha256:
-        rule = f"have {shard.size} bytes with the sha256 {shard.sha256[:12]}..."
-        report.error(str(path), rule, f"{path.stat().st_size} bytes, {found[:12]}...", "Copy the data set again")
-
-
-def _iter_conformers(folder: Path, shard: shards.ShardEntry, report: Report) -> list[tuple[str, Graph]]:
-    """Return the conformers of a shard with their places, read both ways: block by block, and by WebDataset as a whole."""
-    reader, conformers = shards.BlockReader(folder), []
-    for entry in shard.blocks:
-        report.num_blocks += 1
-        try:
-            block = reader.read(shard, entry)
-            check_block_counts(block, entry, f"{folder / shard.file}:{entry.key}")
-        except DataError as error:
-            report.errors.append(str(error))
-            continue
-        conformers += [(f"{shard.file}:{entry.key}:{index}", graph) for index, graph in enumerate(block)]
-    reader.close()
-    _check_with_webdataset(folder / shard.file, shard, report)
-    return conformers
-
-
-def _check_with_webdataset(path: Path, shard: shards.ShardEntry, report: Report) -> None:
-    if not path.is_file():
-        return
-    try:
-        found = [(key, len(block)) for key, block in shards.iter_shard(path)]
-    except Exception as error:  # whatever tarfile and webdataset raise over a damaged tar
-        report.error(str(path), "be readable by webdataset", f"{type(error).__name__}: {error}", "Copy it again")
-        return
-    expected = [(entry.key, entry.num_conformers) for entry in shard.blocks]
-    if found != expected:
-        report.error(str(path), f"hold the {len(expected)} blocks of the manifest", f"{len(found)} or other ones")
-
-
-def _check_conformer(graph: Graph, place: str, report: Report, max_force: float) -> bool:
-    """Note what is wrong with a conformer; returns whether nothing is, large forces aside."""
-    where = f"{place} {gate.describe(graph)}"
-    if (problem := gate.find_problem(graph, np.inf)) is not None:
-        report.error(where, problem.rule, problem.got, "Make the data set anew without it")
-        return False
-    if graph.forces is not None and (largest := float(np.linalg.norm(graph.forces, axis=1).max())) > max_force:
-        report.warnings.append(f"{where} has a force of {largest:.3g} eV/Å (more than {max_force:g})")
-    return True
-
-
-def _read_bounds(manifest: shards.Manifest, report: Report) -> list[int] | None:
-    """Return the hashes that end the splits, None where the manifest says nothing about them."""
-    recorded = manifest.splits.get("upper_bounds")
+def _read_split(manifest: shards.Manifest, found: Report) -> tuple[int, tuple[int, ...] | None]:
+    """Return the seed of the hash and the hashes that end the splits, None where the manifest says nothing about them."""
+    recorded, seed = manifest.splits.get("upper_bounds"), manifest.splits.get("seed", 0)
     if recorded is None:
-        report.warnings.append("the manifest does not say how the split was made")
-        return None
-    if not isinstance(seed := manifest.splits.get("seed"), int):
-        report.error(shards.MANIFEST_NAME, "give the seed of the split", seed)
-        return None
+        found.warn("the manifest does not say how the split was made")
+        return 0, None
+    if "seed" not in manifest.splits or not isinstance(seed, int):
+        found.error(shards.MANIFEST_NAME, "give the seed of the split", manifest.splits.get("seed"))
+        return 0, None
     try:
-        return [int(recorded[name], 16) for name in shards.SPLITS]
+        return seed, tuple(int(recorded[name], 16) for name in shards.SPLITS)
     except (KeyError, TypeError, ValueError):
-        report.error(shards.MANIFEST_NAME, "give the hash that ends each split", recorded)
+        found.error(shards.MANIFEST_NAME, "give the hash that ends each split", recorded)
+        return seed, None
+
+
+def _check_table(dataset: shards.DataFolder, found: Report) -> bool:
+    """Check the index; returns whether it can be used."""
+    entry = dataset.manifest.index
+    if entry is not None and not check_file(dataset.folder / entry.file, entry, found):
+        return False
+    try:
+        return dataset.table.num_blocks > 0
+    except DataError as error:
+        found.note("errors", str(error))
+        return False
+
+
+def _look_at_sample(dataset: shards.DataFolder, found: Report) -> gate.EnergyBand | None:
+    """Judge the units, and find out where energies usually lie."""
+    blocks = survey.choose_blocks(dataset, _SAMPLE, ["train"])
+    graphs = [placed.graph for placed in survey.iter_placed(dataset, blocks)]
+    if not graphs:
         return None
+    found.units = detective.judge_units(graphs)
+    baselines = dataset.manifest.statistics.get("energy_baselines", {})
+    residuals = [gate.compute_residual(graph, baselines) for graph in graphs]
+    return gate.measure_energy_band(np.array([r for r in residuals if r is not None]))
 
 
-def _check_split(
-    graph: Graph, place: str, split: str, manifest: shards.Manifest, bounds: Sequence[int] | None, report: Report
-) -> None:
-    if bounds is not None and (found := find_split(hash_geometry(graph, manifest.splits["seed"]), bounds)) != split:
-        report.error(f"{place} {gate.describe(graph)}", f"be in the split of its hash, {found}", split)
+def examine_all(settings: Settings, workers: int) -> Iterator[ShardReport]:
+    """Yield what was found in each shard, in order."""
+    total = len(settings.manifest.shards)
+    numbers = range(total)
+    with contextlib.ExitStack() as stack:
+        advance = None
+        if total >= _MIN_PROGRESS:
+            advance = stack.enter_context(Progress("examining shards", total)).advance
+        examine = functools.partial(examine_shard, settings)
+        parts: Iterator[ShardReport] = map(examine, numbers)
+        if workers > 1:
+            parts = stack.enter_context(start_pool(workers, total)).map(examine, numbers)
+        try:
+            for part in parts:
+                yield part
+                if advance is not None:
+                    advance(1)
+        except BrokenProcessPool as error:
+            remedy = "Look for lack of memory; try again"
+            raise DataError("worker process", "live until its work is done", error, remedy) from error
 
 
-def _count(graph: Graph, split: str, findings: _Findings) -> None:
-    findings.groups[graph.group] += 1
-    findings.splits[split] += 1
-    findings.elements.setdefault(split, set()).update(graph.atomic_numbers.tolist())
+def _look_for_repeats(dataset: shards.DataFolder, hashes: GeometryHashes, found: Report) -> None:
+    """Geometries that are there twice: in one split they are odd, in two they make a test worthless."""
+    same_split = 0
+    example = ""
+    for first, second in hashes.iter_repeats():
+        (one, split), (other, other_split) = (_find_place(dataset, number) for number in (first, second))
+        if split != other_split:
+            rule = f"have a geometry that the {split} split does not have"
+            found.error(f"{other} of the {other_split} split", rule, f"that of {one}", "Split by geometry anew")
+        else:
+            same_split += 1
+            example = example or f"{other} that of {one}"
+    if same_split:
+        found.warn(f"{same_split} conformers have the geometry of another one of their split, e.g. {example}")
 
 
-def _gather(graph: Graph, place: str, split: str, manifest: shards.Manifest, findings: _Findings) -> None:
-    """Keep what statistics need of a sound conformer."""
-    if split == "train" and len(findings.sample) < _SAMPLE:
-        findings.sample.append(graph)
-    residual = compute_residual(graph, manifest)
-    if residual is not None:
-        findings.residuals.append(residual)
-        findings.places.append(f"{place} {gate.describe(graph)}")
+def _find_place(dataset: shards.DataFolder, number: int) -> tuple[str, str]:
+    """Return name and split of a conformer by its number in the data set."""
+    block = int(np.searchsorted(dataset.table.block_first, number, side="right")) - 1
+    place = survey.name_place(dataset, block, number - int(dataset.table.block_first[block]))
+    return place, survey.find_split_of_block(dataset, block)
 
 
-def compute_residual(graph: Graph, manifest: shards.Manifest) -> float | None:
-    """Return the energy less the baselines per atom (eV/atom), None without energy or baselines."""
-    baselines = manifest.statistics.get("energy_baselines", {})
-    if graph.energy is None or not all(str(z) in baselines for z in set(graph.atomic_numbers.tolist())):
-        return None
-    return float(graph.energy - sum(baselines[str(z)] for z in graph.atomic_numbers.tolist())) / graph.num_atoms
-
-
-def _compare_with_manifest(folder: Path, manifest: shards.Manifest, findings: _Findings, report: Report) -> None:
+def _compare_with_manifest(folder: Path, manifest: shards.Manifest, totals: _Totals, found: Report) -> None:
     path = str(folder / shards.MANIFEST_NAME)
-    if dict(findings.groups) != dict(manifest.groups):
-        report.error(path, "count the conformers of each group", dict(manifest.groups))
+    if dict(totals.groups) != dict(manifest.groups):
+        found.error(path, "count the conformers of each group", dict(manifest.groups))
     recorded = manifest.splits.get("num_conformers", {})
-    if {k: n for k, n in recorded.items() if n} != dict(findings.splits):
-        report.error(path, f"count the conformers of each split, {dict(findings.splits)}", recorded)
-    trained = findings.elements.get("train", set())
+    if {k: n for k, n in recorded.items() if n} != dict(+totals.splits):
+        found.error(path, f"count the conformers of each split, {dict(+totals.splits)}", recorded)
+    for split in shards.SPLITS:
+        counted, said = +totals.labels[split], manifest.label_counts.get(split, {})
+        if {k: n for k, n in said.items() if n} != dict(counted):
+            found.error(path, f"count the labels of the {split} split, {dict(counted)}", dict(said))
+    trained = totals.elements["train"]
     if sorted(trained) != manifest.statistics.get("elements"):
-        report.error(path, f"list the training elements, {sorted(trained)}", manifest.statistics.get("elements"))
+        found.error(path, f"list the training elements, {sorted(trained)}", manifest.statistics.get("elements"))
     for split in ("validation", "test"):
-        if new := findings.elements.get(split, set()) - trained:
+        if new := totals.elements[split] - trained:
             symbols = gate.name_elements(sorted(new))
-            report.warnings.append(f"the {split} split has elements that the training split lacks: {symbols}")
-
-
-def _look_for_outliers(findings: _Findings, report: Report) -> None:
-    residuals: FloatArray = np.array(findings.residuals)
-    if not len(residuals):
-        return
-    off = np.abs(residuals - np.median(residuals))
-    limit = OUTLIER_MADS * max(float(np.median(off)), _MIN_MAD)
-    for index in np.flatnonzero(off > limit):
-        text = f"has an energy {residuals[index]:.3g} eV/atom off the baselines (more than {limit:.3g})"
-        report.warnings.append(f"{findings.places[index]} {text}")
-
-
-def _look_at_units(findings: _Findings, report: Report) -> None:
-    measured = gate.measure_units_slope(findings.sample)
-    if measured is not None and not measured.agrees:
-        report.warnings.append(f"the data set has {measured.explain()}; are its units right?")
+            found.warn(f"the {split} split has elements that the training split lacks: {symbols}")

@@ -64,7 +64,7 @@ make_environment() {
   venv="${SO3KRATES_VENV:-$SO3KRATES_ROOT/.venv}"
   SO3KRATES_PYTHON="$venv/bin/python"
   key="$(hash_of_installation)"
-  for stamp in "$venv/.so3krates-$extras" "$venv/.so3krates-generate,longrange,dev"; do
+  for stamp in "$venv/.so3krates-$extras" "$venv/.so3krates-generate,longrange,s3,formats,dev"; do
     if [[ -f "$stamp" && "$(<"$stamp")" == "$key" ]] && is_supported_python "$SO3KRATES_PYTHON"; then
       check_same_python "$venv" "$wanted"
       return

@@ -12,7 +12,7 @@ for argument in "$@"; do
   esac
 done
 
-make_environment generate,longrange,dev
+make_environment generate,longrange,s3,formats,dev
 export_settings
 export OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 export WANDB_MODE="${WANDB_MODE:-offline}"

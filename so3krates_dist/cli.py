@@ -50,6 +50,13 @@ def _convert(parser: argparse.ArgumentParser) -> Run:
     return convert.run
 
 
+def _merge(parser: argparse.ArgumentParser) -> Run:
+    from data_tools import merge
+
+    merge.add_arguments(parser)
+    return merge.run
+
+
 def _validate(parser: argparse.ArgumentParser) -> Run:
     from data_tools import validate
 
@@ -132,7 +139,8 @@ def _doctor(parser: argparse.ArgumentParser) -> Run:
 
 VERBS: dict[str, tuple[Callable[[argparse.ArgumentParser], Run], str]] = {
     "generate": (_generate, "make a data set: conformers of molecules with GFN2-xTB energies and forces"),
-    "convert": (_convert, "make a data set from files with labels (extxyz, npz, what ASE reads)"),
+    "convert": (_convert, "make a data set from files with labels (extxyz, npz, HDF5, databases, what ASE reads)"),
+    "merge": (_merge, "make one data set of the parts that `convert --part K/N` has written"),
     "validate": (_validate, "check a data set: every shard, every block, every label"),
     "inspect": (_inspect, "show what is in a data set"),
     "train": (_train, "train a model, or resume a run"),

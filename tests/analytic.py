@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -68,31 +69,68 @@ def label(graph: Graph, potential: Potential | None = None) -> Graph:
     return dataclasses.replace(graph, energy=float(output["energy"][0]), forces=output["forces"], stress=stress)
 
 
+def make_random_graph(seed: int, *, num_atoms: int | None = None, everything: bool = False) -> Graph:
+    """Return a structure with random labels that obey no physics, with all that a structure may have on request."""
+    generator = np.random.default_rng(seed)
+    size = num_atoms or int(generator.integers(1, 9))
+    graph = Graph(
+        atomic_numbers=generator.integers(1, 118, size),
+        positions=generator.normal(size=(size, 3)).astype(np.float32),
+        energy=float(generator.normal() - 1e6),
+        forces=generator.normal(size=(size, 3)).astype(np.float32),
+        total_charge=float(generator.integers(-2, 3)),
+        group=f"molecule.{seed % 3}",
+    )
+    if everything:
+        graph.cell, graph.pbc = generator.normal(size=(3, 3)), np.array([True, True, False])
+        graph.stress = generator.normal(size=(3, 3)).astype(np.float32)
+        graph.dipole = generator.normal(size=3).astype(np.float32)
+        graph.partial_charges = generator.normal(size=size).astype(np.float32)
+        graph.hirshfeld_ratios = generator.uniform(0.5, 1.2, size).astype(np.float32)
+    return graph
+
+
+def assert_same_graph(first: Graph, second: Graph) -> None:
+    """Compare all fields of two structures bit for bit."""
+    for field in dataclasses.fields(Graph):
+        np.testing.assert_array_equal(getattr(first, field.name), getattr(second, field.name), err_msg=field.name)
+
+
+def write_graphs(
+    folder: Path,
+    by_split: Mapping[str, Sequence[Graph]],
+    *,
+    block_size: int = 4,
+    blocks_per_shard: int = 3,
+    **fields: Any,
+) -> shards.Manifest:
+    """Write structures as shards, index and manifest; `fields` are those of the manifest that matter."""
+    folder.mkdir(parents=True)
+    index = shards.IndexBuilder(folder)
+    sizes: Any = {"block_size": block_size, "blocks_per_shard": blocks_per_shard}
+    entries = [
+        entry
+        for split in shards.SPLITS
+        for entry in shards.write_shards(folder, split, by_split.get(split, ()), index=index, **sizes)
+    ]
+    known: Any = {"name": "small", "level_of_theory": "none", "licence": "MIT", "splits": {}, "groups": {}}
+    known |= {"statistics": {}, "provenance": {}, "shards": entries} | fields
+    return shards.write_index_and_manifest(folder, shards.build_manifest(**known), index)
+
+
 def write_dataset(folder: Path, splits: Mapping[str, Sequence[Graph]], name: str = "small") -> Path:
     """Write labelled structures as a data set with its manifest."""
-    folder.mkdir(parents=True)
-    entries = [
-        e
-        for s, graphs in splits.items()
-        for e in shards.write_shards(folder, s, graphs, block_size=4, blocks_per_shard=3)
-    ]
     graphs = [g for split in splits.values() for g in split]
-    manifest = shards.Manifest(
-        schema=shards.SCHEMA,
+    write_graphs(
+        folder,
+        splits,
         name=name,
         level_of_theory="Morse",
         licence="unknown",
-        units={"energy": "eV", "length": "Angstrom"},
-        labels=tuple(
-            n for n in ("energy", "forces", "stress", "dipole", "hirshfeld_ratios") if getattr(graphs[0], n) is not None
-        ),
         splits={s: len(g) for s, g in splits.items()},
         groups={n: sum(g.group == n for g in graphs) for n in sorted({g.group for g in graphs})},
         statistics=compute_statistics(splits["train"], None),
-        provenance={},
-        shards=tuple(entries),
     )
-    (folder / shards.MANIFEST_NAME).write_text(shards.dump_manifest(manifest), encoding="utf-8")
     return folder
 
 

@@ -8,6 +8,8 @@ from typing import Any
 
 from training_setup import train
 
+from so3krates_dist.data.mixture import Source
+from so3krates_dist.data.plan import lanes_of_rank
 from so3krates_dist.train.loop import Training
 
 
@@ -61,24 +63,27 @@ def flip_byte(path: Path, position: int) -> None:
     path.write_bytes(content)
 
 
-def find_block_of_rank(training: Training, rank: int, epoch: int) -> Any:
-    """Return the shard and block that one process alone reads in an epoch."""
-    stream = training.stream
-    plan, per_rank = stream.plan, training.config.data.lanes // training.rank.world_size
-    place = plan.locate(epoch * plan.steps_per_epoch)
-    owners: dict[int, set[int]] = {}
-    for lane in range(training.config.data.lanes):
-        for block in plan.rows_of_lane(place, lane)[:, 0]:
-            owners.setdefault(int(block), set()).add(lane // per_rank)
-    return stream._blocks[next(b for b, ranks in owners.items() if ranks == {rank})]
+def find_block_of_rank(training: Training, rank: int, epoch: int) -> tuple[Source, int]:
+    """Return a data set and the number of a block of it that one process alone reads in an epoch of one window."""
+    plan = training.schedule.segments[0][1]
+    assert plan.windows_per_epoch == 1
+    window = plan.window(epoch)
+    ranks = range(training.rank.world_size)
+    own, *others = (
+        {tuple(row) for row in window.blocks_of_lanes(lanes_of_rank(window.num_lanes, r, len(ranks))).tolist()}
+        for r in sorted(ranks, key=lambda r: r != rank)
+    )
+    source, block = min(own.difference(*others))
+    return training.mixture.sources[source], block
 
 
 def train_on_damaged_shard(settings: Sequence[str], step: int, rank: int) -> int:
     """Meet a shard in the second epoch that was damaged after the start, on one process alone."""
 
     def damage(training: Training) -> None:
-        shard, block = find_block_of_rank(training, rank, epoch=1)
-        path = Path(training.config.data.folder) / shard.file
+        source, number = find_block_of_rank(training, rank, epoch=1)
+        block = source.data.block_entry(number)
+        path = Path(source.location) / block.file
         with path.open("r+b") as file:  # in place: the processes have the file open
             file.seek(block.offset + block.size // 2)
             byte = file.read(1)[0]

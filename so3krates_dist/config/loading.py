@@ -216,8 +216,8 @@ def _describe(hint: Any) -> str:
     if typing.get_origin(hint) is Literal:
         return "one of " + ", ".join(map(str, typing.get_args(hint)))
     if typing.get_origin(hint) is tuple:
-        kind = "integers" if int in typing.get_args(hint) else "numbers"
-        return f"a list of {kind}, e.g. [1,2,3]"
+        kinds = {int: "integers, e.g. [1,2,3]", float: "numbers, e.g. [1,2,3]", str: "texts, e.g. [a,b]"}
+        return f"a list of {kinds[typing.get_args(hint)[0]]}"
     names = {int: "an integer", float: "a number", bool: "true or false", str: "a text"}
     return names.get(hint, "a section with keys of its own")
 

@@ -45,6 +45,11 @@ class ModelSection(abc.ABC):
         return self.cutoff
 
     @property
+    def pair_cutoff(self) -> float:
+        """Å; pairs up to here take most of a step's time and memory: batches are filled and limited by their number."""
+        return self.reach
+
+    @property
     def sees(self) -> frozenset[str]:
         """What it uses of a structure besides elements and positions: `total_charge`, `num_unpaired_electrons`, `cell`."""
         return frozenset({"cell"})
@@ -280,6 +285,11 @@ class So3lrSection(_AttentionSection):
         if not (self.cuts_electrostatics or self.dispersion):
             return self.cutoff
         return self.long_range_cutoff or math.inf
+
+    @property
+    def pair_cutoff(self) -> float:
+        """Å; the cutoff: pairs of long-range terms have a few numbers each, neighbours have features."""
+        return self.cutoff
 
     @property
     def sees(self) -> frozenset[str]:

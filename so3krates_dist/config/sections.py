@@ -1,11 +1,15 @@
 """The sections that all models share, and the whole: every setting with its unit, its default and its check."""
 
 import dataclasses
+import math
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
 from so3krates_dist.config.checks import check, check_numbers
 from so3krates_dist.config.models import EuclideanTransformerSection, ModelSection
+
+WEIGHTS_TOLERANCE: Final = 1e-6
+"""How far the sum of `data.weights` may be from one: thirds are written with seven digits"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,28 +37,119 @@ class DataSection:
     """Which conformers to train on, and in what portions."""
 
     folder: str = ""
-    """data set made by `so3krates generate` or `convert`; required for training"""
+    """data set made by `so3krates generate` or `convert`: a folder, http(s)://... or s3://...; it or data.folders is required"""
+    folders: tuple[str, ...] = ()
+    """several data sets to train on together, in place of data.folder"""
+    weights: tuple[float, ...] = ()
+    """share of each of data.folders in the conformers of every step; they add up to 1; empty: shares by data.temperature"""
+    temperature: float = 1.0
+    """without data.weights: shares go as (number of conformers)^(1 / temperature); 1: as they are, higher: more alike"""
     batch_size: int = 16
-    """conformers per optimizer step over all processes together, at most: an epoch is divided into equal steps, to within one"""
+    """conformers per optimizer step over all processes together, on average: steps are filled to equal cost"""
     lanes: int = 8
     """streams that the order of the data is made of; the number of processes must divide it, and never changes the order"""
     window_blocks: int = 512
     """blocks that are shuffled together; an epoch of fewer blocks is shuffled as a whole"""
+    shuffle_shards: int = 0
+    """shards that are open to a window at a time, which matters for remote data; 0: blocks are taken from all shards"""
+    cost_per_atom: float = 3.0
+    """cost of an atom by which steps are filled, in the same (any) unit as data.cost_per_pair; two decimals count"""
+    cost_per_pair: float = 1.0
+    """cost of a pair of neighbours"""
+    fit_cost: bool = False
+    """measure both costs on this machine when the run starts for the first time; plan.json keeps what was found"""
+    max_atoms: int = 0
+    """atoms that a process computes at a time, at most; more are done one portion after another; 0: no limit"""
+    max_pairs: int = 0
+    """estimated pairs of atoms that a process computes at a time, at most; 0: no limit"""
+    find_limits: bool = False
+    """find both limits by the memory of this machine when the run starts for the first time; plan.json keeps what was found"""
+    oversized: Literal["refuse", "alone"] = "refuse"
+    """a structure beyond the limits is refused before the first step, or computed alone"""
     max_validation: int = 0
-    """conformers of the validation split that are used while training; 0: all"""
+    """conformers of the validation split that are used while training, of all data sets together; 0: all"""
     num_workers: int = 0
     """processes that prepare batches ahead of training, per training process; 0: prepared in the training process"""
+    on_damage: Literal["stop", "skip"] = "stop"
+    """a damaged block ends the run, or its conformers are left out and counted, up to data.max_skipped"""
+    max_skipped: int = 0
+    """conformers that a run may leave out, counted from its last start, before it stops"""
+    rebase: bool = False
+    """let a run go on with other data sets, weights, lanes or the like, from its next window on; plan.json records it"""
     verify: Literal["size", "sha256"] = "sha256"
-    """check of every shard before training starts"""
+    """check of every shard before its first use; each block's checksum is compared at every reading in any case"""
+    cache: str = ""
+    """folder for shards of remote data sets; empty: in the user's cache folder"""
+    cache_gb: float = 50.0
+    """GB that the cache may hold; the shards that were not used for longest go first"""
+    connect_timeout: float = 10.0
+    """seconds to wait for a remote server's first answer"""
+    stall_timeout: float = 60.0
+    """seconds without a byte after which a download counts as failed"""
+    retries: int = 5
+    """further attempts at a download that failed, each after a longer pause"""
 
     def __post_init__(self) -> None:
         """Check the values."""
         check_numbers(
             self,
             "data",
-            positive=("batch_size", "lanes", "window_blocks"),
-            at_least_zero=("max_validation", "num_workers"),
+            positive=(
+                "temperature", "batch_size", "lanes", "window_blocks", "cache_gb", "connect_timeout", "stall_timeout",
+            ),
+            at_least_zero=(
+                "shuffle_shards", "cost_per_pair", "max_atoms", "max_pairs", "max_validation", "num_workers", "max_skipped",
+                "retries",
+            ),
+        )  # fmt: skip
+        least, cost = 0.01, self.cost_per_atom
+        check(cost >= least, "data.cost_per_atom", f"be at least {least}: costs count in hundredths", cost)
+        self._check_sources()
+        self._check_weights()
+        for name in ("max_atoms", "max_pairs") if self.find_limits else ():
+            limit = getattr(self, name)
+            check(limit == 0, f"data.{name}", "be 0 with data.find_limits", limit, "Leave out one of them")
+        skips, most = self.on_damage == "skip", self.max_skipped
+        check(
+            most > 0 or not skips, "data.max_skipped", "be greater than zero with data.on_damage=skip", most,
+            "Set it to what the run may lose",
+        )  # fmt: skip
+        check(
+            most == 0 or skips, "data.max_skipped", "be 0 without data.on_damage=skip", most, "Set data.on_damage=skip"
         )
+
+    def _check_sources(self) -> None:
+        folders, remedy = list(self.folders), "Name each data set once, in data.folder or in data.folders"
+        check(not (self.folder and folders), "data.folders", "be empty where data.folder is set", folders, remedy)
+        # omegaconf lets a list within a list through
+        named = all(isinstance(f, str) and f.strip() for f in folders)
+        check(named, "data.folders", "be a list of names, none empty", folders, remedy)
+        check(len(set(folders)) == len(folders), "data.folders", "name each data set once", folders, remedy)
+
+    def _check_weights(self) -> None:
+        weights, count = list(self.weights), len(self.sources)
+        if not weights:
+            return
+        check(
+            len(weights) == count, "data.weights", f"be one share for each of data.folders ({count})", len(weights),
+            "Write them in the order of data.folders",
+        )  # fmt: skip
+        valid = all(isinstance(w, float) and 0 <= w < math.inf for w in weights)
+        check(valid, "data.weights", "be finite numbers, none below zero", weights)
+        total = math.fsum(weights)
+        remedy = f"Divide each by {total:g}" if total else "Change the values"
+        check(
+            abs(total - 1) <= WEIGHTS_TOLERANCE, "data.weights", "add up to 1", f"{weights}, in sum {total:g}", remedy
+        )
+        check(
+            self.temperature == 1, "data.temperature", "be left at 1 with data.weights", self.temperature,
+            "Leave out one of them",
+        )  # fmt: skip
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The data sets, however they are named; none where none is."""
+        return tuple(self.folders) or ((self.folder,) if self.folder else ())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -179,9 +274,11 @@ class RunConfig:
     def check_world_size(self, world_size: int) -> None:
         """Raise `ConfigError` where the lanes cannot be dealt evenly to that many processes."""
         lanes, micro = self.data.lanes, self.train.micro_batches
+        divisors = ", ".join(str(n) for n in range(1, lanes + 1) if lanes % n == 0)
         check(
             lanes % world_size == 0, "data.lanes", f"be a multiple of the number of processes ({world_size})", lanes,
-            f"Set data.lanes={-(-lanes // world_size) * world_size} (for a new run), or start another number of processes",
+            f"Start {divisors} processes, or set data.lanes={-(-lanes // world_size) * world_size}"
+            " (in a run that has begun: with data.rebase=true)",
         )  # fmt: skip
         check(
             lanes // world_size % micro == 0, "train.micro_batches",

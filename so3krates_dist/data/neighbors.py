@@ -8,6 +8,7 @@ structures with more pairs than memory is likely to hold, before it looks for th
 import dataclasses
 import functools
 import math
+from typing import NamedTuple
 
 import numpy as np
 
@@ -22,22 +23,47 @@ MAX_PAIRS = 100_000_000
 
 
 @functools.lru_cache(maxsize=2 * MAX_ATOMS_ALL_PAIRS)
-def _all_pairs(num_atoms: int) -> tuple[IntArray, IntArray]:
+def _all_pairs(num_atoms: int) -> tuple[IntArray, IntArray, IntArray]:
+    """Return first and second atoms of all pairs, and how many pairs each atom is the first of."""
     first, second = np.triu_indices(num_atoms, k=1)
-    return first.astype(np.int64), second.astype(np.int64)
+    return first.astype(np.int64), second.astype(np.int64), np.arange(num_atoms - 1, -1, -1)
+
+
+class NeighborPairs(NamedTuple):
+    """Pairs of one structure, those within the cutoff first."""
+
+    first: IntArray
+    """(num_pairs,) int64"""
+    second: IntArray
+    """(num_pairs,) int64"""
+    shifts: IntArray | None
+    """(num_pairs, 3) lattice translations; None for a molecule"""
+    num_short: int
+    """pairs within the cutoff"""
+
+    def select(self, part: slice) -> "NeighborPairs":
+        """Return some of the pairs; views."""
+        shifts = None if self.shifts is None else self.shifts[part]
+        return NeighborPairs(self.first[part], self.second[part], shifts, len(self.first[part]))
 
 
 Pairs = tuple[IntArray, IntArray, IntArray | None, FloatArray]
 """first and second atoms, lattice translations, squared distances in Å²"""
 
 
-def _pairs_of_molecule(graph: Graph) -> Pairs:
-    """Return all pairs of a molecule."""
-    small = graph.num_atoms <= MAX_ATOMS_ALL_PAIRS  # the tables of large ones are not worth keeping
-    first, second = (_all_pairs if small else _all_pairs.__wrapped__)(graph.num_atoms)
-    positions = graph.positions.astype(np.float64)
-    vectors = positions.take(second, axis=0) - positions.take(first, axis=0)
-    return first, second, None, np.einsum("pk,pk->p", vectors, vectors)
+def _pairs_of_molecule(positions: FloatArray) -> Pairs:
+    """Return all pairs of a molecule; coordinates lie one after another, so that numpy goes through them without strides."""
+    num_atoms = len(positions)
+    small = num_atoms <= MAX_ATOMS_ALL_PAIRS  # the tables of large ones are not worth keeping
+    first, second, counts = (_all_pairs if small else _all_pairs.__wrapped__)(num_atoms)
+    coordinates = positions.T.astype(np.float64)
+    vectors = coordinates.take(second, axis=1)
+    vectors -= coordinates.repeat(counts, axis=1)  # that is take(first), which is sorted
+    vectors *= vectors
+    squared: FloatArray = vectors[0]
+    squared += vectors[1]
+    squared += vectors[2]
+    return first, second, None, squared
 
 
 def _pairs_from_cell_list(graph: Graph, reach: float) -> Pairs:
@@ -53,10 +79,10 @@ def _pairs_from_cell_list(graph: Graph, reach: float) -> Pairs:
     return first.astype(np.int64), second.astype(np.int64), shifts.astype(np.int64) if periodic else None, distances**2
 
 
-def _check_distances(graph: Graph, squared: np.ndarray) -> None:
+def _check_distances(squared: FloatArray, where: str) -> None:
     if len(squared) and squared.min() < MIN_DISTANCE**2:
         raise DataError(
-            graph.group or "structure",
+            where,
             f"have its atoms at least {MIN_DISTANCE} Å apart",
             f"{np.sqrt(squared.min()):.2g} Å",
             "Remove atoms that lie on top of each other",
@@ -108,34 +134,71 @@ def build_neighbors(graph: Graph, cutoff: float, reach: float | None = None) -> 
         DataError: Two atoms coincide, there are too many pairs, or all pairs of a periodic structure are asked for.
     """
     reach = cutoff if reach is None else max(reach, cutoff)
+    where = graph.group or "structure"
     if math.isinf(reach) and graph.is_periodic:
         raise DataError(
-            graph.group or "structure",
+            where,
             "be a molecule where a model looks at all pairs of atoms",
             "a periodic structure",
             "Set a long-range cutoff, or take a model with one",
         )
-    small = not graph.is_periodic and graph.num_atoms <= MAX_ATOMS_ALL_PAIRS
-    if not small:
+    if not graph.is_periodic and graph.num_atoms <= MAX_ATOMS_ALL_PAIRS:
+        pairs = find_pairs_of_molecule(graph.positions, cutoff, reach, where)
+    else:
         _check_number(graph, reach)
-    # The cell list takes as long as the reach is, cubed, also where there are no more atoms to find.
-    all_pairs = small or (not graph.is_periodic and reach >= np.linalg.norm(np.ptp(graph.positions, axis=0)))
-    first, second, shifts, squared = _pairs_of_molecule(graph) if all_pairs else _pairs_from_cell_list(graph, reach)
-    _check_distances(graph, squared)
-    order, num_short = _order_by_range(squared, cutoff, reach)
-    if order is not None:
-        first, second, shifts = first[order], second[order], None if shifts is None else shifts[order]
+        # The cell list takes as long as the reach is, cubed, also where there are no more atoms to find.
+        all_pairs = not graph.is_periodic and reach >= np.linalg.norm(np.ptp(graph.positions, axis=0))
+        found = _pairs_of_molecule(graph.positions) if all_pairs else _pairs_from_cell_list(graph, reach)
+        pairs = _select_pairs(found, cutoff, reach, where)
     return dataclasses.replace(
-        graph, pair_first=first, pair_second=second, pair_shifts=shifts, num_short_pairs=num_short
+        graph,
+        pair_first=pairs.first,
+        pair_second=pairs.second,
+        pair_shifts=pairs.shifts,
+        num_short_pairs=pairs.num_short,
     )
 
 
-def _order_by_range(squared: FloatArray, cutoff: float, reach: float) -> tuple[IntArray | None, int]:
-    """Return the pairs to keep, short ones first (None: all as they are), and how many are short."""
+def find_pairs_of_molecule(positions: FloatArray, cutoff: float, reach: float, where: str) -> NeighborPairs:
+    """Return the pairs of a molecule by looking at all of them: what `build_neighbors` does up to `MAX_ATOMS_ALL_PAIRS` atoms.
+
+    Args:
+        positions: (num_atoms, 3) Å.
+        cutoff: Å; pairs shorter than this come first.
+        reach: Å, at least the cutoff; pairs at this distance or beyond are left out.
+        where: Name of the structure, for the message.
+
+    Raises:
+        DataError: Two atoms coincide.
+    """
+    return _select_pairs(_pairs_of_molecule(positions), cutoff, reach, where)
+
+
+def find_squared_distances(graph: Graph, reach: float) -> FloatArray:
+    """Return the squared distances in Å² of the pairs up to a reach, for counting; those of small molecules go beyond it.
+
+    Atoms on top of each other are counted like any others.
+
+    Raises:
+        DataError: There are too many pairs.
+    """
+    if not graph.is_periodic and graph.num_atoms <= MAX_ATOMS_ALL_PAIRS:
+        return _pairs_of_molecule(graph.positions)[3]
+    _check_number(graph, reach)
+    return _pairs_from_cell_list(graph, reach)[3]
+
+
+def _select_pairs(found: Pairs, cutoff: float, reach: float, where: str) -> NeighborPairs:
+    """Return the pairs within the reach, short ones first, both in the order in which they were found."""
+    first, second, shifts, squared = found
+    _check_distances(squared, where)
     short = squared < cutoff * cutoff
     num_short = int(np.count_nonzero(short))
     if num_short == len(squared):
-        return None, num_short
-    if reach == cutoff:
-        return np.flatnonzero(short), num_short
-    return np.concatenate([np.flatnonzero(short), np.flatnonzero(~short & (squared < reach * reach))]), num_short
+        return NeighborPairs(first, second, shifts, num_short)
+    order = short.nonzero()[0]
+    if reach > cutoff:
+        order = np.concatenate([order, (~short & (squared < reach * reach)).nonzero()[0]])
+    return NeighborPairs(
+        first.take(order), second.take(order), None if shifts is None else shifts.take(order, axis=0), num_short
+    )

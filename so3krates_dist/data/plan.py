@@ -1,178 +1,409 @@
 """The global order of the data: which conformers make up which step, as pure functions of integers.
 
-Order and batches depend on the data set, the seed, the batch size and the number of lanes; never on the number of processes or
-of worker processes, which only say who does which lanes. So the position in the data is one integer, the step.
+Order and batches depend on the sources (their blocks and the sizes of their conformers), their shares, the seed, lanes, window,
+batch size and the coefficients of the cost; never on the number of processes or of worker processes, nor on the limits of a
+micro-batch, which only say who does what in how many passes. So the position in the data is one integer, the step, and any
+step is found without going through those before it.
 
-- An *epoch* is every conformer once: blocks are permuted, and each block's conformers are.
-- An epoch is cut into *windows* of blocks that are shuffled together; a window into *steps*, all of the same size to within one
-  conformer of their mean, so no conformer is dropped or repeated and no batch ever holds one twice.
-- A window's conformers are dealt in equal ranges to the *lanes*. A process reads only the blocks of its own lanes.
-- Within a lane, conformers are dealt to the steps so that the steps' costs are balanced (heaviest first to the lightest).
+- Each *source* gives its blocks epoch by epoch, without replacement, in an order that a keyed permutation computes block by
+  block (nothing is stored, so an epoch of millions of blocks costs nothing).
+- Sources are mixed block by block by Webster's method of apportionment: at any point of the sequence each has had its share to
+  within one block.
+- A *window* is a run of the mixed sequence whose blocks are shuffled together. A window has a fixed number of *steps* (slots).
+  A single source has a whole number of windows in an epoch, so that no batch holds a conformer twice.
+- The window's conformers are cut into *lanes* of equal cost, each a contiguous run, so that a process reads the blocks of its
+  own lanes only. Where a cut falls, a conformer of fitting cost is moved to it; lanes are equal to a fraction of a conformer.
+- Each lane packs its conformers into the window's steps, heaviest first into the lightest (Graham's LPT rule, SIAM J. Appl.
+  Math. 17, 416 (1969), 10.1137/0117039). Lanes stay in lock-step: nothing is padded, dropped, repeated, or left at an end.
 
-Permutations sort hashes (splitmix64), not numpy's generators, whose streams may change between versions (NEP 19).
+Batches of fewer than four conformers a lane cannot be balanced by cost; there every step gets the same number of conformers, to
+within one, and costs are balanced as far as that allows.
+
+All arithmetic that decides is on integers: costs are sums of atoms and pairs with coefficients in hundredths.
 """
 
 import dataclasses
 import functools
-import heapq
+import hashlib
+import json
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-UIntArray = npt.NDArray[np.uint64]
-IntArray = npt.NDArray[np.int64]
+from so3krates_dist.data.packing import apportion, cut_evenly, match_slots, pack
+from so3krates_dist.data.permutation import IntArray, hash_integers, permute, permute_at
+
+VERSION: Final = 2
+"""of the rules in this file; part of the fingerprint, so that a run never goes on with another order"""
 
 MIN_STEPS_PER_WINDOW: Final = 8
-"""a window of fewer steps could not keep their sizes equal"""
+"""a window of fewer steps could not keep their costs equal"""
+MIN_CONFORMERS_TO_BALANCE: Final = 4
+"""per lane and step; fewer are dealt by number instead of by cost"""
+COST_UNIT: Final = 100
+"""coefficients of the cost count in hundredths"""
+_WEIGHT_UNIT: Final = 10**9
 
-_INCREMENT, _FIRST, _SECOND = (np.uint64(c) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
-_MASK: Final = 2**64 - 1
-
-
-def hash_integers(values: npt.ArrayLike, *key: int) -> UIntArray:
-    """Hash integers with a key (splitmix64: Steele, Lea, Flood, OOPSLA 2014, 10.1145/2660193.2660195).
-
-    Args:
-        values: (...) integers of at least zero.
-        key: Integers that choose the hash function.
-    """
-    with np.errstate(over="ignore"):
-        mixed: UIntArray = np.zeros((), np.uint64)
-        for part in key:
-            mixed = _mix(mixed ^ np.uint64(part & _MASK))
-        return _mix(np.asarray(values, np.uint64) ^ mixed)
+# ------------------------------------------------------------------------------------------------------------- the plan
 
 
-def _mix(values: UIntArray) -> UIntArray:
-    values = values + _INCREMENT
-    values = (values ^ (values >> np.uint64(30))) * _FIRST
-    values = (values ^ (values >> np.uint64(27))) * _SECOND
-    mixed: UIntArray = values ^ (values >> np.uint64(31))
-    return mixed
+class PlanSource(Protocol):
+    """What the plan knows of a data set: its training blocks, numbered from zero, and the sizes of their conformers."""
+
+    @property
+    def name(self) -> str:
+        """Name in messages and records."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with any byte of the data."""
+
+    @property
+    def block_sizes(self) -> npt.NDArray[Any]:
+        """(num_blocks,) conformers in each block."""
+
+    @property
+    def block_shards(self) -> npt.NDArray[Any]:
+        """(num_blocks,) shard that each block is in; blocks of a shard follow each other."""
+
+    def sizes(self, blocks: IntArray) -> tuple[IntArray, IntArray]:
+        """Return atoms and estimated neighbour pairs of all conformers of some blocks, one block after another."""
 
 
-def permute(count: int, *key: int) -> IntArray:
-    """Return a permutation of 0 ... count-1 that depends on the key alone."""
-    return np.argsort(hash_integers(np.arange(count), *key), kind="stable")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlanSettings:
+    """Everything that the order depends on besides the sources."""
+
+    weights: tuple[float, ...]
+    """share of each source in the conformers; none negative, not all zero"""
+    seed: int
+    lanes: int
+    """streams in lock-step that each window is dealt to"""
+    window_blocks: int
+    """blocks that are shuffled together, at least"""
+    batch_size: int
+    """conformers per step over all lanes, on average at most"""
+    shuffle_shards: int = 0
+    """shards whose blocks are shuffled together; 0: all of a source"""
+    cost_per_atom: float = 3.0
+    cost_per_pair: float = 1.0
 
 
-def pack(costs: npt.NDArray[Any], capacities: Sequence[int], *key: int) -> IntArray:
-    """Deal conformers to slots of given capacities so that the slots' costs come out about equal.
+@dataclasses.dataclass(eq=False)
+class Window:
+    """The conformers of one window in the order of lanes, and in a lane in the order of steps."""
 
-    Args:
-        costs: (num_conformers,) cost of each.
-        capacities: Conformers that each slot takes; they add up to num_conformers.
-        key: Chooses among equal costs.
+    source: npt.NDArray[np.int32]
+    """(num_conformers,) number of the source"""
+    block: npt.NDArray[np.int32]
+    """(num_conformers,) training block of that source"""
+    index: npt.NDArray[np.int32]
+    """(num_conformers,) place in the block"""
+    atoms: npt.NDArray[np.int32]
+    """(num_conformers,)"""
+    pairs: IntArray
+    """(num_conformers,) estimated neighbour pairs"""
+    costs: IntArray
+    """(num_conformers,) in hundredths"""
+    offsets: IntArray
+    """(lanes, slots + 1) where the conformers of a lane's slot begin; the last one is the lane's end"""
 
-    Returns:
-        (num_conformers,) the slot of each conformer.
-    """
-    shuffled = permute(len(costs), *key)
-    order = shuffled[np.argsort(-np.asarray(costs)[shuffled], kind="stable")]
-    left = list(capacities)
-    heap = [(0.0, int(rank), slot) for slot, rank in enumerate(permute(len(left), *key, 1)) if left[slot]]
-    heapq.heapify(heap)
-    slots = np.empty(len(costs), np.int64)
-    for index in order:
-        load, rank, slot = heapq.heappop(heap)
-        slots[index] = slot
-        left[slot] -= 1
-        if left[slot]:
-            heapq.heappush(heap, (load + float(costs[index]), rank, slot))
-    return slots
+    @property
+    def num_lanes(self) -> int:
+        """Lanes."""
+        return len(self.offsets)
+
+    @property
+    def num_slots(self) -> int:
+        """Steps of the window."""
+        return int(self.offsets.shape[1]) - 1
+
+    def rows(self, lane: int, slot: int) -> slice:
+        """Return where the conformers of a lane are at a step of the window."""
+        return slice(int(self.offsets[lane, slot]), int(self.offsets[lane, slot + 1]))
+
+    def rows_of_lanes(self, lanes: range, slot: int) -> IntArray:
+        """Return the conformers of several lanes at a step, in the order of the lanes."""
+        if not len(lanes):
+            return np.zeros(0, np.int64)
+        return np.concatenate([np.arange(*self.rows(lane, slot).indices(len(self.block))) for lane in lanes])
+
+    def blocks_of_lanes(self, lanes: range) -> IntArray:
+        """Return (num_blocks, 2) the different sources and blocks that some neighbouring lanes need."""
+        if not len(lanes):
+            return np.zeros((0, 2), np.int64)
+        own = slice(int(self.offsets[lanes.start, 0]), int(self.offsets[lanes.stop - 1, -1]))
+        return np.unique(np.stack([self.source[own], self.block[own]], axis=1).astype(np.int64), axis=0)
+
+    def loads(self) -> IntArray:
+        """Return (lanes, slots) the cost of each lane's share of each step."""
+        return self._add_up(self.costs)
+
+    def num_conformers(self) -> IntArray:
+        """Return (lanes, slots) conformers."""
+        return np.diff(self.offsets, axis=1)
+
+    @functools.cached_property
+    def sizes(self) -> tuple[IntArray, IntArray]:
+        """(lanes, slots) atoms and pairs."""
+        return self._add_up(self.atoms), self._add_up(self.pairs)
+
+    def _add_up(self, values: npt.NDArray[Any]) -> IntArray:
+        sums = np.concatenate([np.zeros(1, np.int64), np.cumsum(values, dtype=np.int64)])
+        return np.diff(sums[self.offsets], axis=1)
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Place:
-    """Where a step lies."""
-
-    epoch: int
-    window: int
-    """within the epoch"""
-    slot: int
-    """step within the window"""
+def lanes_of_rank(lanes: int, rank: int, world_size: int) -> range:
+    """Return the lanes that a process does: equally many each where the number of processes divides that of lanes."""
+    return range(lanes * rank // world_size, lanes * (rank + 1) // world_size)
 
 
 class Plan:
     """Which conformers make up which step.
 
     Args:
-        block_sizes: (num_blocks,) conformers in each block.
-        batch_size: Conformers per step over all processes.
-        lanes: Streams that each window is dealt to.
-        window_blocks: Blocks that are shuffled together.
-        seed: Chooses the order.
+        sources: Data sets; each has blocks.
+        settings: Shares, seed, lanes, sizes.
+        cursors: Blocks that each source has given before this plan's first step, counted through all its epochs.
     """
 
     def __init__(
-        self, block_sizes: Sequence[int], *, batch_size: int, lanes: int, window_blocks: int, seed: int
+        self, sources: Sequence[PlanSource], settings: PlanSettings, cursors: Sequence[int] | None = None
     ) -> None:
-        self.block_sizes = np.asarray(block_sizes, np.int64)
-        self.num_conformers = int(self.block_sizes.sum())
-        assert self.num_conformers > 0, "a plan needs conformers"
-        self.lanes, self.seed = lanes, seed
-        self.steps_per_epoch = -(-self.num_conformers // batch_size)
-        most_windows = max(1, self.steps_per_epoch // MIN_STEPS_PER_WINDOW)
-        self.num_windows = min(-(-len(self.block_sizes) // window_blocks), most_windows)
+        assert len(sources) == len(settings.weights) > 0, "one weight for each source"
+        self.sources, self.settings = tuple(sources), settings
+        self.cursors = tuple(cursors or [0] * len(sources))
+        self._num_blocks = [len(s.block_sizes) for s in sources]
+        # A source keeps its order whatever others come and go.
+        self._keys = [_hash_text(s.fingerprint) for s in sources]
+        means = [float(np.mean(s.block_sizes, dtype=np.float64)) for s in sources]
+        # A share of conformers becomes a share of blocks, which hold different numbers of them.
+        rates = np.array([weight / mean for weight, mean in zip(settings.weights, means, strict=True)])
+        self._rates = [int(r) for r in np.rint(rates / rates.sum() * _WEIGHT_UNIT)]
+        self._by_cost = settings.batch_size >= MIN_CONFORMERS_TO_BALANCE * settings.lanes
+        self._coefficients = tuple(round(c * COST_UNIT) for c in (settings.cost_per_atom, settings.cost_per_pair))
+        # A single source has whole windows in an epoch; a mixture has no epoch, and neither has what begins in the middle of one.
+        self.is_aligned = len(sources) == 1 and self.cursors[0] % self._num_blocks[0] == 0
+        self.windows_per_epoch = 0
+        if self.is_aligned:
+            self._align(int(np.sum(sources[0].block_sizes, dtype=np.int64)))
+        else:
+            self._mix(sum(r * m for r, m in zip(self._rates, means, strict=True)) / sum(self._rates))
 
-    @functools.lru_cache(maxsize=4)  # noqa: B019 - one plan a run; an epoch's order is asked for at every step
-    def _epoch(self, epoch: int) -> tuple[IntArray, IntArray, IntArray]:
-        """Return the order of the blocks, and for each window its first block and its first step (with an end)."""
-        order = permute(len(self.block_sizes), self.seed, 1, epoch)
-        edges = np.arange(self.num_windows + 1) * len(order) // self.num_windows
-        conformers = np.concatenate([[0], np.cumsum(self.block_sizes[order])])[edges]
-        first_steps = (2 * conformers * self.steps_per_epoch + self.num_conformers) // (2 * self.num_conformers)
-        return order, edges, first_steps
+    def _align(self, num_conformers: int) -> None:
+        """Choose the windows of an epoch and the steps of a window so that steps come out at most of the size asked for."""
+        settings, blocks = self.settings, self._num_blocks[0]
+        steps = -(-num_conformers // settings.batch_size)
+        most = min(max(1, steps // MIN_STEPS_PER_WINDOW), blocks)
+        self.windows_per_epoch = min(-(-blocks // settings.window_blocks), most)
+        self._window_blocks = blocks // self.windows_per_epoch
+        smallest = np.partition(self.sources[0].block_sizes, self._window_blocks - 1)[: self._window_blocks]
+        wanted = -(-num_conformers // (self.windows_per_epoch * settings.batch_size))
+        self.steps_per_window = max(1, min(wanted, int(np.sum(smallest, dtype=np.int64))))
 
-    def locate(self, step: int) -> Place:
-        """Return where a step lies."""
-        epoch, within = divmod(step, self.steps_per_epoch)
-        first_steps = self._epoch(epoch)[2]
-        window = int(np.searchsorted(first_steps, within, side="right")) - 1
-        return Place(epoch, window, within - int(first_steps[window]))
+    def _mix(self, mean_block: float) -> None:
+        settings = self.settings
+        least = MIN_STEPS_PER_WINDOW * settings.batch_size / mean_block
+        used = sum(n for n, rate in zip(self._num_blocks, self._rates, strict=True) if rate)
+        self._window_blocks = max(min(settings.window_blocks, used), int(np.ceil(least)))
+        self.steps_per_window = max(1, round(self._window_blocks * mean_block / settings.batch_size))
 
-    def num_slots(self, place: Place) -> int:
-        """Return how many steps the window of a place has."""
-        first_steps = self._epoch(place.epoch)[2]
-        return int(first_steps[place.window + 1] - first_steps[place.window])
+    # ------------------------------------------------------------------------------------------------------- what and where
 
-    def rows_of_lane(self, place: Place, lane: int) -> IntArray:
-        """Return the conformers that a lane has in the window of a place.
+    def fields(self) -> dict[str, Any]:
+        """Return everything that the order depends on, as plain values; equal fields mean equal batches for ever."""
+        settings = self.settings
+        return {
+            "version": VERSION,
+            "sources": [s.name for s in self.sources],
+            "fingerprints": [s.fingerprint for s in self.sources],
+            "weights": list(settings.weights),
+            "seed": settings.seed,
+            "lanes": settings.lanes,
+            "window_blocks": settings.window_blocks,
+            "slots": self.steps_per_window,
+            "batch_size": settings.batch_size,
+            "shuffle_shards": settings.shuffle_shards,
+            "cost_per_atom": self._coefficients[0] / COST_UNIT,
+            "cost_per_pair": self._coefficients[1] / COST_UNIT,
+            "cursors": list(self.cursors),
+        }
 
-        Returns:
-            (num_conformers, 2) block and index in the block.
+    @property
+    def fingerprint(self) -> str:
+        """Sixteen hexadecimal digits of `fields`."""
+        return hashlib.sha256(json.dumps(self.fields(), sort_keys=True).encode()).hexdigest()[:16]
+
+    def locate(self, step: int) -> tuple[int, int]:
+        """Return the window of a step and its slot there."""
+        return divmod(step, self.steps_per_window)
+
+    def blocks_before(self, window: int) -> tuple[int, ...]:
+        """Return how many blocks each source has given before a window, counted through all its epochs.
+
+        Webster's divisor sequence in closed form: block k of a source with rate w is due at time (2k + 1) / 2w.
         """
-        order, edges, _ = self._epoch(place.epoch)
-        blocks = order[edges[place.window] : edges[place.window + 1]]
-        ends = np.cumsum(self.block_sizes[blocks])
-        first, last = (int(ends[-1]) * c // self.lanes for c in (lane, lane + 1))
-        rows = [np.empty((0, 2), np.int64)]
-        for position in range(int(np.searchsorted(ends, first, side="right")), len(blocks)):
-            block, size = int(blocks[position]), int(self.block_sizes[blocks[position]])
-            start = int(ends[position]) - size
-            if start >= last:
-                break
-            indices = permute(size, self.seed, 2, place.epoch, block)[max(0, first - start) : last - start]
-            rows.append(np.stack([np.full(len(indices), block), indices], axis=1))
-        return np.concatenate(rows)
+        if self.is_aligned:
+            epoch, within = divmod(window, self.windows_per_epoch)
+            blocks = self._num_blocks[0]
+            return (self.cursors[0] + epoch * blocks + within * blocks // self.windows_per_epoch,)
+        return tuple(
+            c + n for c, n in zip(self.cursors, apportion(window * self._window_blocks, self._rates), strict=True)
+        )
 
-    def slots_of_lane(self, place: Place, lane: int, costs: npt.NDArray[Any]) -> IntArray:
-        """Return the step (slot) of each conformer of `rows_of_lane`.
+    def cursors_at(self, step: int) -> dict[str, int]:
+        """Return by its name how many blocks each source has given before a step that begins a window."""
+        window, slot = self.locate(step)
+        assert slot == 0, "a window must be whole"
+        return dict(zip((s.name for s in self.sources), self.blocks_before(window), strict=True))
 
-        Numbered through all lanes, conformer q of a window fills a place of slot q modulo the number of slots; so the sizes
-        of the steps differ by one at most, and the lanes' shares of each step as well.
+    def epochs(self, step: int) -> tuple[float, ...]:
+        """Return how often each source has been gone through before a step, its windows counted evenly."""
+        window, slot = self.locate(step)
+        share = slot / self.steps_per_window
+        before, after = self.blocks_before(window), self.blocks_before(window + 1)
+        counts = zip(before, after, self._num_blocks, strict=True)
+        return tuple((first + share * (last - first)) / blocks for first, last, blocks in counts)
+
+    @functools.lru_cache(maxsize=1)  # noqa: B019 - one plan a run; every step of a window asks for it
+    def window(self, number: int) -> Window:
+        """Return what a window holds, for all lanes.
 
         Args:
-            place: Names the window.
-            lane: Lane.
-            costs: (num_conformers,) cost of each conformer, in the order of `rows_of_lane`.
+            number: Of the window, from zero.
         """
-        _, edges, _ = self._epoch(place.epoch)
-        num_slots = self.num_slots(place)
-        blocks = self._epoch(place.epoch)[0][edges[place.window] : edges[place.window + 1]]
-        total = int(self.block_sizes[blocks].sum())
-        first, last = (total * c // self.lanes for c in (lane, lane + 1))
-        capacities = np.bincount(np.arange(first, last) % num_slots, minlength=num_slots)
-        return pack(costs, capacities.tolist(), self.seed, 3, place.epoch, place.window, lane)
+        blocks = self._list_blocks(number)
+        sizes = np.empty(len(blocks), np.int64)
+        atoms, pairs = [], []
+        for source in range(
+            len(self.sources)
+        ):  # all blocks of a source at once, then back into the order of the window
+            own = np.flatnonzero(blocks[:, 0] == source)
+            sizes[own] = self.sources[source].block_sizes[blocks[own, 1]]
+            source_atoms, source_pairs = self.sources[source].sizes(blocks[own, 1])
+            atoms.append(source_atoms)
+            pairs.append(source_pairs)
+        by_source = np.argsort(blocks[:, 0], kind="stable")
+        back = _concatenate_ranges(_starts(sizes[by_source])[np.argsort(by_source, kind="stable")], sizes)
+        all_atoms, all_pairs = np.concatenate(atoms)[back], np.concatenate(pairs)[back]
+        costs = self._coefficients[0] * all_atoms + self._coefficients[1] * all_pairs
+        order, offsets = self._deal(number, costs, sizes)
+        block_of = np.repeat(np.arange(len(blocks)), sizes)[order]
+        return Window(
+            source=blocks[block_of, 0].astype(np.int32), block=blocks[block_of, 1].astype(np.int32),
+            index=(order - _starts(sizes)[block_of]).astype(np.int32), atoms=all_atoms[order].astype(np.int32),
+            pairs=all_pairs[order], costs=costs[order], offsets=offsets,
+        )  # fmt: skip
+
+    # ----------------------------------------------------------------------------------------------------- from here to there
+
+    def _list_blocks(self, window: int) -> IntArray:
+        """Return (num_blocks, 2) source and block of the window, shuffled."""
+        found = []
+        for source, (first, last) in enumerate(
+            zip(self.blocks_before(window), self.blocks_before(window + 1), strict=True)
+        ):
+            positions = np.arange(first, last)
+            blocks = np.empty(len(positions), np.int64)
+            epochs, within = np.divmod(positions, self._num_blocks[source])
+            for epoch in np.unique(epochs):
+                blocks[epochs == epoch] = self._order(source, int(epoch), within[epochs == epoch])
+            found.append(np.stack([np.full(len(blocks), source), blocks], axis=1))
+        joined = np.concatenate(found)
+        return joined[permute(len(joined), self.settings.seed, 2, window)]
+
+    def _order(self, source: int, epoch: int, positions: IntArray) -> IntArray:
+        """Return the blocks at some positions of a source's epoch."""
+        seed, count = self.settings.seed, self._num_blocks[source]
+        first, order, ends, groups = self._group_shards(source, epoch)
+        if groups is None:
+            return permute_at(positions, count, seed, 1, self._keys[source], epoch)
+        begins = np.concatenate([[0], ends])
+        bounds = begins[groups]
+        group_of = np.searchsorted(bounds, positions, side="right") - 1
+        places = np.empty(len(positions), np.int64)
+        for group in np.unique(group_of):
+            own, start = group_of == group, int(bounds[group])
+            size = int(bounds[group + 1]) - start
+            places[own] = start + permute_at(
+                positions[own] - start, size, seed, 1, self._keys[source], epoch, int(group)
+            )
+        shard = np.searchsorted(ends, places, side="right")
+        found: IntArray = first[order[shard]] + places - begins[shard]
+        return found
+
+    @functools.lru_cache(maxsize=8)  # noqa: B019 - as above
+    def _group_shards(self, source: int, epoch: int) -> tuple[IntArray, IntArray, IntArray, IntArray | None]:
+        """Return each shard's first block, the order of shards, where each ends in it, and where groups of them begin.
+
+        The last is None where all shards of the source are shuffled together.
+        """
+        shards, first, counts = np.unique(self.sources[source].block_shards, return_index=True, return_counts=True)
+        size = self.settings.shuffle_shards
+        order = permute(len(shards), self.settings.seed, 5, self._keys[source], epoch)
+        ends = np.cumsum(counts[order])
+        if not 0 < size < len(shards):
+            return first, order, ends, None
+        return first, order, ends, np.append(np.arange(0, len(shards), size), len(shards))
+
+    def _deal(self, window: int, costs: IntArray, block_sizes: IntArray) -> tuple[IntArray, IntArray]:
+        """Return the conformers in the order of lanes and slots, and (lanes, slots + 1) where each slot begins."""
+        lanes, slots, seed = self.settings.lanes, self.steps_per_window, self.settings.seed
+        count = len(costs)
+        if self._by_cost:
+            order, bounds = cut_evenly(costs, block_sizes, lanes)
+            capacities = None
+        else:
+            order, bounds = np.arange(count), count * np.arange(lanes + 1) // lanes
+            # Numbered through all lanes, conformer q takes a place of slot q modulo the number of slots.
+            whole, rest = np.divmod(bounds, slots)
+            filled = whole[:, None] + (np.arange(slots) < rest[:, None])
+            capacities = np.diff(filled, axis=0)
+        lane_of = np.repeat(np.arange(lanes), np.diff(bounds))
+        # Heaviest first; what costs the same in an order of chance.
+        chance = hash_integers(order, seed, 3, window)
+        sorting = np.lexsort((chance, -costs[order], lane_of))
+        order = order[sorting]
+        slot_of = pack(costs[order], bounds, slots, capacities)
+        if capacities is None:
+            slot_of = match_slots(slot_of, costs[order], lane_of, lanes, permute(slots, seed, 4, window))
+        cell = lane_of * slots + slot_of
+        counts = np.bincount(cell, minlength=lanes * slots).reshape(lanes, slots)
+        offsets = np.zeros((lanes, slots + 1), np.int64)
+        offsets[:, 1:] = np.cumsum(counts, axis=1)
+        return order[np.argsort(cell, kind="stable")], offsets + bounds[:-1, None]
+
+
+def _hash_text(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+
+
+def _starts(sizes: IntArray) -> IntArray:
+    return np.cumsum(sizes) - sizes
+
+
+def _concatenate_ranges(starts: IntArray, sizes: IntArray) -> IntArray:
+    """Return start, start + 1, ... for each of some ranges, one after another."""
+    return np.repeat(starts - _starts(sizes), sizes) + np.arange(int(sizes.sum()))
+
+
+# ------------------------------------------------------------------------------------------------------------- the schedule
+
+
+class Schedule:
+    """The plans of a run one after another: a change of sources, shares or lanes starts a new one at the end of a window.
+
+    Args:
+        segments: First step and plan of each, ascending; the first one begins at step 0.
+    """
+
+    def __init__(self, segments: Sequence[tuple[int, Plan]]) -> None:
+        assert segments[0][0] == 0, "a schedule begins at step 0"
+        self.segments = tuple(segments)
+
+    def locate(self, step: int) -> tuple[Plan, int]:
+        """Return the plan that a step belongs to, and the step's number in it."""
+        first, plan = next(s for s in reversed(self.segments) if s[0] <= step)
+        return plan, step - first

@@ -1,39 +1,31 @@
-"""From shards to minibatches: reads the blocks that the plan asks for and builds graphs with neighbour pairs.
+"""From shards to minibatches: reads the blocks that the plan asks for, finds neighbour pairs, and packs each pass into one buffer.
 
-A training batch is a pure function of the step, so worker processes, resuming and the number of processes change nothing
-about it. Evaluation reads a split from front to back.
+What a process computes at a step is a pure function of the step, so worker processes, resuming and the number of processes change
+nothing about it. A process reads the blocks of its own lanes, each once in a window. Damaged blocks end the run or are left out and
+counted; nothing is replaced. Evaluation reads a split from front to back.
 """
 
-import functools
+import dataclasses
 import signal
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import numpy as np
+import numpy.typing as npt
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from so3krates_dist.config import ModelSection, RunConfig
-from so3krates_dist.data.neighbors import build_neighbors
-from so3krates_dist.data.plan import Place, Plan
-from so3krates_dist.data.shards import Block, BlockEntry, BlockReader, Manifest, ShardEntry, iter_graphs, load_manifest
+from so3krates_dist.data.batching import Table, unpack
+from so3krates_dist.data.folder import DataFolder, open_dataset
+from so3krates_dist.data.mixture import Mixture, Source
+from so3krates_dist.data.neighbors import NeighborPairs
+from so3krates_dist.data.passes import Limits, count_passes, list_passes
+from so3krates_dist.data.plan import Plan, Schedule, Window, lanes_of_rank
 from so3krates_dist.distributed import Rank
 from so3krates_dist.errors import DataError, So3kratesError
-from so3krates_dist.graph import BoolArray, FloatArray, Graph, GraphBatch, check_box, collate
-
-
-def _list_blocks(manifest: Manifest, split: str) -> list[tuple[ShardEntry, BlockEntry]]:
-    blocks = [(shard, block) for shard in manifest.of_split(split) for block in shard.blocks]
-    if not blocks:
-        raise DataError(
-            f"split `{split}` of {manifest.name}",
-            "have conformers",
-            "none",
-            "Make the data set with a larger share for it",
-        )
-    return blocks
-
+from so3krates_dist.graph import BoolArray, FloatArray, GraphBatch, IntArray, check_box
 
 MAX_KEPT_ATOMS: Final = 200_000
 """A training split of at most so many atoms stays in memory"""
@@ -55,135 +47,318 @@ def check_allows_box(section: ModelSection, pbc: BoolArray | None, cell: FloatAr
     check_box(pbc, cell, where, sees=section.sees, reach=section.reach, image_density=section.image_density)
 
 
-class TrainingStream(Dataset[list[GraphBatch]]):
-    """The batches of one process: item k is its micro-batches of step k.
+# ------------------------------------------------------------------------------------------------------------- blocks
+
+
+class HeldBlocks:
+    """Some blocks of several sources in memory, and the neighbour pairs of their conformers as far as they are kept.
 
     Args:
-        folder: Data set.
-        manifest: Of the data set.
-        config: Batch size, lanes, window, seed, micro-batches, and the model's cutoff.
+        sources: Data sets.
+        blocks: (num_blocks, 2) source and block, ascending, each once.
+        max_kept_pairs: Pairs that are kept once they have been found.
+    """
+
+    def __init__(self, sources: Sequence[Source], blocks: IntArray, max_kept_pairs: int = 0) -> None:
+        self._sources, self._blocks, self._keys = sources, blocks, _to_keys(blocks[:, 0], blocks[:, 1])
+        self._num_kept_pairs, self._max_kept_pairs = 0, max_kept_pairs
+        self._kept_pairs: dict[int, NeighborPairs] = {}
+        self._complaints: dict[int, str] = {}
+        self.table = Table(*_count(sources, blocks))
+
+    def load(self, blocks: IntArray, *, skip_damaged: bool = False) -> None:
+        """Read those of some blocks that have not been read yet, in the order in which they are stored.
+
+        Args:
+            blocks: (num_blocks, 2) source and block.
+            skip_damaged: Leave out blocks that are damaged, instead of raising.
+
+        Raises:
+            DataError: A block is damaged.
+        """
+        places = np.sort(np.searchsorted(self._keys, _to_keys(blocks[:, 0], blocks[:, 1])))
+        for place in places[~self.table.is_there[self.table.first_row[places]]].tolist():
+            source, block = self._blocks[place].tolist()
+            try:
+                self.table.put(place, self._sources[source].read_block(block))
+                self._complaints.pop(place, None)
+            except DataError as error:
+                if not skip_damaged:
+                    raise
+                self._complaints[place] = str(error)
+
+    def find_rows(self, sources: npt.NDArray[Any], blocks: npt.NDArray[Any], indices: npt.NDArray[Any]) -> IntArray:
+        """Return the rows of the table in which conformers are; each array is (num_conformers,)."""
+        rows: IntArray = self.table.first_row[np.searchsorted(self._keys, _to_keys(sources, blocks))] + indices
+        return rows
+
+    def list_complaints(self, rows: IntArray) -> tuple[str, ...]:
+        """Return what is wrong with the blocks of conformers that are not there, one line for each block."""
+        places = sorted(set(self._find_places(rows).tolist())) if len(rows) else ()
+        return tuple(self._complaints[place] for place in places)
+
+    def name_row(self, row: int) -> str:
+        """Return the name of a conformer in messages, `<shard>:<block>:<index>` and its group."""
+        place = int(self._find_places(np.array(row)))
+        source, block = self._blocks[place].tolist()
+        group = self.table.get_group(row)
+        index = row - int(self.table.first_row[place])
+        return f"{self._sources[source].where(block)}:{index}{group and f' ({group})'}"
+
+    def _find_places(self, rows: IntArray) -> IntArray:
+        return np.searchsorted(self.table.first_row, rows, side="right") - 1
+
+    def assemble(self, rows: IntArray, cutoffs: tuple[float, float]) -> torch.Tensor:
+        """Return the bytes of a batch with its neighbour pairs, see `Table.assemble`.
+
+        Args:
+            rows: (num_graphs,) rows of the table.
+            cutoffs: Å, of the short pairs and of all pairs.
+
+        Raises:
+            DataError: Two atoms coincide, or the like.
+        """
+        kept = self._kept_pairs
+        return self.table.assemble(rows, [kept.get(row) or self._find_pairs(row, cutoffs) for row in rows.tolist()])
+
+    def _find_pairs(self, row: int, cutoffs: tuple[float, float]) -> NeighborPairs:
+        try:
+            pairs = self.table.find_pairs(row, *cutoffs)
+        except DataError as error:
+            raise DataError(self.name_row(row), error.rule, error.got, error.remedy) from error
+        if self._num_kept_pairs + len(pairs.first) <= self._max_kept_pairs:
+            self._num_kept_pairs += len(pairs.first)
+            self._kept_pairs[row] = pairs
+        return pairs
+
+
+def _to_keys(sources: npt.NDArray[Any], blocks: npt.NDArray[Any]) -> IntArray:
+    keys: IntArray = (sources.astype(np.int64) << 40) + blocks
+    return keys
+
+
+def _count(sources: Sequence[Source], blocks: IntArray) -> tuple[IntArray, IntArray]:
+    """Return (num_blocks,) conformers and atoms of some blocks."""
+    conformers, atoms = np.zeros(len(blocks), np.int64), np.zeros(len(blocks), np.int64)
+    for number, source in enumerate(sources):
+        own, table = blocks[:, 0] == number, source.data.table
+        places = blocks[own, 1] + _get_start(source)
+        conformers[own] = table.block_first[places + 1] - table.block_first[places]
+        atoms[own] = table.block_atoms[places]
+    return conformers, atoms
+
+
+def _get_start(source: Source) -> int:
+    """Return the number of the first training block, from which sources count their blocks."""
+    return source.data.table.blocks_of_split("train").start
+
+
+def _list_blocks(sources: Sequence[Source], split: str) -> IntArray:
+    """Return (num_blocks, 2) source and block of all blocks of a split."""
+    parts = [np.zeros((0, 2), np.int64)]
+    for number, source in enumerate(sources):
+        blocks = np.array(source.data.table.blocks_of_split(split), np.int64) - _get_start(source)
+        parts.append(np.stack([np.full(len(blocks), number), blocks], axis=1))
+    return np.concatenate(parts)
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+
+
+@dataclasses.dataclass(frozen=True)
+class StepData:
+    """What one process computes at a step."""
+
+    batches: list[GraphBatch]
+    """one for each pass, equally many on all processes; those without conformers are empty"""
+    skipped: int = 0
+    """conformers of this process at this step that are left out since their block is damaged"""
+    complaints: tuple[str, ...] = ()
+    """what is wrong with these blocks, one line each"""
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedStep:
+    """A `StepData` in bytes: what a worker process hands over."""
+
+    buffers: list[torch.Tensor]
+    """uint8, one for each pass"""
+    skipped: int
+    complaints: tuple[str, ...]
+
+    def unpack(self) -> StepData:
+        """Return the batches, which share the memory of the buffers."""
+        return StepData([unpack(b) for b in self.buffers], self.skipped, self.complaints)
+
+    def pin_memory(self) -> "PackedStep":
+        """Return the buffers in page-locked memory, from where copies to a GPU overlap with computing."""
+        return dataclasses.replace(self, buffers=[b.pin_memory() for b in self.buffers])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Held:
+    """The window that a process is in, and the blocks of its lanes."""
+
+    plan: Plan
+    number: int
+    window: Window
+    blocks: HeldBlocks
+    keeps: bool
+    """whether the blocks are all there are"""
+    first: int
+    """place of these lanes' first conformer in the window"""
+    rows: IntArray
+    """where their conformers are in the blocks' table"""
+
+
+class TrainingStream(Dataset[StepData]):
+    """The batches of one process: item k is what it computes at step k.
+
+    Args:
+        schedule: Which conformers make up which step; its plans' sources are of data/mixture.py.
+        config: Passes, what to do about damaged blocks, and the model's cutoffs.
         rank: This process.
         world_size: Processes; divides the lanes.
+        limits: Of a pass; None: those of the configuration.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, config: RunConfig, rank: int, world_size: int) -> None:
-        self._blocks = _list_blocks(manifest, "train")
-        self._reader = BlockReader(folder)
-        self._cutoffs = config.model.cutoff, config.model.reach
-        section, micro_batches = config.data, config.train.micro_batches
-        self.plan = Plan(
-            [b.num_conformers for _, b in self._blocks],
-            batch_size=section.batch_size, lanes=section.lanes, window_blocks=section.window_blocks, seed=config.run.seed,
-        )  # fmt: skip
-        per_rank = section.lanes // world_size
-        own = range(rank * per_rank, (rank + 1) * per_rank)
-        per_micro = per_rank // micro_batches
-        self._lanes = [own[i : i + per_micro] for i in range(0, per_rank, per_micro)]
-        self._window: tuple[int, int] | None = None
-        self._keeps = sum(b.num_atoms for _, b in self._blocks) <= MAX_KEPT_ATOMS
-        self._kept: dict[tuple[int, int], Graph] = {}
-        self._num_kept_pairs = 0
-        self._model = config.model
-        self._lane_graphs: dict[int, list[list[Graph]]] = {}
+    def __init__(
+        self, schedule: Schedule, config: RunConfig, rank: int, world_size: int, limits: Limits | None = None
+    ) -> None:
+        self._schedule, self._model, self._on_damage = schedule, config.model, config.data.on_damage
+        self._rank, self._world_size, self._groups = rank, world_size, config.train.micro_batches
+        self._limits = limits or Limits(config.data.max_atoms, config.data.max_pairs)
+        self._cutoffs = config.model.cutoff, max(config.model.cutoff, config.model.reach)
+        self._held: _Held | None = None
 
-    def __getitem__(self, step: int) -> list[GraphBatch]:
-        """Return the micro-batches of this process at a step; one may be empty where a batch has few conformers."""
-        place = self.plan.locate(step)
-        if self._window != (place.epoch, place.window):
-            self._lane_graphs = self._load_window(place)
-            self._window = (place.epoch, place.window)
-        batches = []
-        for lanes in self._lanes:
-            graphs = [g for lane in lanes for g in self._lane_graphs[lane][place.slot]]
-            batches.append(collate([self._add_pairs(g) for g in graphs]))
-        return batches
+    def __getitem__(self, step: int) -> StepData:
+        """Return the batches of this process at a step."""
+        return self.pack(step).unpack()
 
-    def _add_pairs(self, graph: Graph) -> Graph:
-        """Return a conformer with its pairs, found the first time it is used where conformers are kept."""
-        if graph.pair_first is not None:
-            return graph
-        check_allows_box(self._model, graph.pbc, graph.cell, graph.group or "structure")
-        complete = build_neighbors(graph, *self._cutoffs)
-        assert complete.pair_first is not None
-        if self._keeps and self._num_kept_pairs + len(complete.pair_first) <= MAX_KEPT_PAIRS:
-            self._num_kept_pairs += len(complete.pair_first)
-            graph.pair_first, graph.pair_second = complete.pair_first, complete.pair_second
-            graph.pair_shifts, graph.num_short_pairs = complete.pair_shifts, complete.num_short_pairs
-        return complete
+    def pack(self, step: int) -> PackedStep:
+        """Return the batches of this process at a step, in bytes.
 
-    def _load_window(self, place: Place) -> dict[int, list[list[Graph]]]:
-        """Read the blocks of this process's lanes; return for each lane the conformers of each slot."""
+        Raises:
+            DataError: A block is damaged, or a structure is none that the model can be used for.
+        """
+        plan, within = self._schedule.locate(step)
+        number, slot = plan.locate(within)
+        held = self._hold(plan, number)
+        passes = list_passes(held.window, slot, self._lanes(plan), self._groups, self._limits)
+        count = count_passes(held.window, slot, self._world_size, self._groups, self._limits)
+        passes += [np.zeros(0, np.int64)] * (count - len(passes))
+        buffers, lost = [], []
+        for members in passes:
+            rows = held.rows[members - held.first]
+            is_there = held.blocks.table.is_there[rows]
+            if not is_there.all():
+                lost.append(rows[~is_there])
+                rows = rows[is_there]
+            buffers.append(held.blocks.assemble(rows, self._cutoffs))
+        missing = np.concatenate(lost) if lost else np.zeros(0, np.int64)
+        return PackedStep(buffers, len(missing), held.blocks.list_complaints(missing))
 
-        @functools.cache
-        def read(block: int) -> Block:
-            return self._reader.read(*self._blocks[block])
+    def _lanes(self, plan: Plan) -> range:
+        return lanes_of_rank(plan.settings.lanes, self._rank, self._world_size)
 
-        def get(block: int, index: int) -> Graph:
-            graph = self._kept.get((block, index)) or read(block).graph(index)
-            if self._keeps:
-                self._kept[block, index] = graph
-            return graph
+    def _check_boxes(self, blocks: HeldBlocks, rows: IntArray) -> None:
+        for row in rows[blocks.table.is_periodic(rows)].tolist():
+            check_allows_box(self._model, *blocks.table.get_box(row), blocks.name_row(row))
 
-        lanes: dict[int, list[list[Graph]]] = {}
-        for lane in (lane for group in self._lanes for lane in group):
-            rows = self.plan.rows_of_lane(place, lane)
-            graphs = [get(int(block), int(index)) for block, index in rows]
-            costs = np.array([estimate_cost(g.num_atoms) for g in graphs])
-            slots = self.plan.slots_of_lane(place, lane, costs)
-            dealt: list[list[Graph]] = [[] for _ in range(self.plan.num_slots(place))]
-            for graph, slot in zip(graphs, slots, strict=True):
-                dealt[slot].append(graph)
-            lanes[lane] = dealt
-        return lanes
+    def _hold(self, plan: Plan, number: int) -> _Held:
+        """Return a window with the blocks of this process's lanes, which are read where they are not there yet."""
+        held = self._held
+        if held is not None and held.plan is plan and held.number == number:
+            return held
+        if held is None or held.plan is not plan or not held.keeps:
+            held = self._held = None  # the memory of a window is free before the next one is read
+        sources, lanes = _get_sources(plan), self._lanes(plan)
+        window = plan.window(number)
+        needed = window.blocks_of_lanes(lanes)
+        if held is None:
+            every = _list_blocks(sources, "train")
+            keeps = int(_count(sources, every)[1].sum()) <= MAX_KEPT_ATOMS
+            blocks = HeldBlocks(sources, every if keeps else needed, MAX_KEPT_PAIRS if keeps else 0)
+        else:
+            keeps, blocks = held.keeps, held.blocks
+        blocks.load(needed, skip_damaged=self._on_damage == "skip")
+        own = slice(int(window.offsets[lanes.start, 0]), int(window.offsets[lanes.stop - 1, -1]))
+        rows = blocks.find_rows(window.source[own], window.block[own], window.index[own])
+        self._check_boxes(blocks, rows)
+        self._held = _Held(plan, number, window, blocks, keeps, own.start, rows)
+        return self._held
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Travel to another process without what has been read."""
+        return {**self.__dict__, "_held": None}
 
 
-def estimate_cost(num_atoms: int) -> float:
-    """Return the cost of a conformer in neighbour pairs before they are known: half of at most 27 neighbours an atom.
+def _get_sources(plan: Plan) -> tuple[Source, ...]:
+    assert all(isinstance(s, Source) for s in plan.sources), "plans of a stream are made of sources that can be read"
+    return cast(tuple[Source, ...], plan.sources)
 
-    Neighbours within 5 Å in SPICE's geometries grow from 4.5 at 5 atoms to 27 at 90; an atom costs about 6 edges.
+
+class PlannedSteps(IterableDataset[StepData]):
+    """The steps of a run one after another, as the first stage of a WebDataset pipeline.
+
+    `webdataset.DataPipeline(PlannedSteps(stream, 0, 1000), webdataset.map(...))` has order and position from the plan. In the
+    worker processes of a `DataLoader` with `batch_size=None`, each does its part of the steps, and they come in their order.
+
+    Args:
+        stream: Of this process.
+        first: First step.
+        last: Step before which to stop.
     """
-    neighbors = min(num_atoms - 1, 27)
-    return num_atoms * (neighbors + 6) / 2
+
+    def __init__(self, stream: TrainingStream, first: int, last: int) -> None:
+        self._stream, self._steps = stream, range(first, last)
+
+    def __iter__(self) -> Iterator[StepData]:
+        worker = get_worker_info()
+        steps = self._steps if worker is None else self._steps[worker.id :: worker.num_workers]
+        return (self._stream[step] for step in steps)
 
 
 def build_loader(
     stream: TrainingStream, steps: Sequence[int], *, num_workers: int, device: torch.device
-) -> Generator[list[GraphBatch], None, None]:
-    """Yield the steps' micro-batches, prepared ahead where there are worker processes; close it to end them.
+) -> Generator[StepData, None, None]:
+    """Yield what this process computes at some steps, prepared ahead where there are worker processes; close it to end them.
 
     Raises:
         DataError: A block is damaged; the same error, whichever process found it.
     """
-    # Forking a process that has started CUDA is not safe; a fork server has not.
-    context = "forkserver" if device.type == "cuda" else None
-    options: dict[str, Any] = {
-        "multiprocessing_context": context,
-        "worker_init_fn": _start_worker,
-        "prefetch_factor": 2,
-    }
+    on_gpu = device.type == "cuda"
+    if not num_workers:
+        for step in steps:  # torch's loader would add a quarter to the time of a small batch
+            packed = stream.pack(step)
+            yield (packed.pin_memory() if on_gpu else packed).unpack()
+        return
     loader = DataLoader(
         _Carrier(stream),
         batch_size=None,
         sampler=steps,
         num_workers=num_workers,
-        pin_memory=device.type == "cuda",
-        **(options if num_workers else {}),
+        pin_memory=on_gpu,
+        # Forking a process that has started CUDA is not safe; a fork server has not.
+        multiprocessing_context="forkserver" if on_gpu else None,
+        worker_init_fn=_start_worker,
+        prefetch_factor=2,
     )
     for item in loader:
         if isinstance(item, So3kratesError):
             raise item
-        yield item
+        yield item.unpack()
 
 
-class _Carrier(Dataset[list[GraphBatch] | So3kratesError]):
+class _Carrier(Dataset[PackedStep | So3kratesError]):
     """Hands errors over as items: torch would turn those of a worker process into a RuntimeError with a traceback."""
 
     def __init__(self, stream: TrainingStream) -> None:
         self._stream = stream
 
-    def __getitem__(self, step: int) -> list[GraphBatch] | So3kratesError:
+    def __getitem__(self, step: int) -> PackedStep | So3kratesError:
         try:
-            return self._stream[step]
+            return self._stream.pack(step)
         except So3kratesError as error:
             return error
 
@@ -195,8 +370,11 @@ def _start_worker(_number: int) -> None:
         signal.signal(name, signal.SIG_IGN)
 
 
+# ---------------------------------------------------------------------------------------------------------- evaluation
+
+
 def iter_batches(
-    folder: Path,
+    data: Mixture | DataFolder | str | Path,
     split: str,
     *,
     batch_size: int,
@@ -204,31 +382,58 @@ def iter_batches(
     rank: Rank | None = None,
     limit: int = 0,
 ) -> Iterator[GraphBatch]:
-    """Yield batches of a split for evaluation: every conformer once, batches dealt to the processes in turn.
+    """Yield batches of a split for evaluation: every conformer once in stored order, batches dealt to the processes in turn.
 
     Args:
-        folder: Data set.
+        data: The data sets of a run, one after another with energies on the model's scale; or one data set as it is.
         split: `train`, `validation` or `test`.
         batch_size: Conformers per batch.
         cutoffs: Å, the model's cutoff and reach.
         rank: This process, and how many there are; None: the only one.
-        limit: Stop after that many conformers; 0: all.
+        limit: So many conformers at most, the first ones of each data set in the proportion of their numbers; 0: all.
 
     Raises:
-        DataError: The split is empty, or a shard is damaged.
+        DataError: The split is empty, or a block is damaged.
     """
     rank = rank or Rank()
-    manifest = load_manifest(folder)
-    _list_blocks(manifest, split)  # refuses an empty split
-    waiting: list[Graph] = []
-    number = 0
-    for count, graph in enumerate(iter_graphs(folder, manifest, split)):
-        if limit and count == limit:
-            break
-        waiting.append(graph)
-        if len(waiting) == batch_size:
-            if number % rank.world_size == rank.rank:
-                yield collate([build_neighbors(g, *cutoffs) for g in waiting])
-            waiting, number = [], number + 1
-    if waiting and number % rank.world_size == rank.rank:
-        yield collate([build_neighbors(g, *cutoffs) for g in waiting])
+    sources = _list_sources(data)
+    blocks = _list_blocks(sources, split)
+    if not len(blocks):
+        names = " + ".join(s.name for s in sources)
+        remedy = "Make the data set with a larger share for it"
+        raise DataError(f"split `{split}` of {names}", "have conformers", "none", remedy)
+    ends = np.cumsum(_count(sources, blocks)[0])
+    starts = np.concatenate([[0], ends[:-1]])
+    members = _take_in_proportion(blocks[:, 0], ends - starts, limit)
+    for number, first in enumerate(range(0, len(members), batch_size)):
+        if number % rank.world_size == rank.rank:
+            batch = members[first : first + batch_size]
+            places = np.searchsorted(ends, batch, side="right")
+            held = HeldBlocks(sources, needed := blocks[np.unique(places)])
+            held.load(needed)
+            rows = held.find_rows(blocks[places, 0], blocks[places, 1], batch - starts[places])
+            yield unpack(held.assemble(rows, cutoffs))
+
+
+def _list_sources(data: Mixture | DataFolder | str | Path) -> tuple[Source, ...]:
+    if isinstance(data, Mixture):
+        return data.active
+    folder = data if isinstance(data, DataFolder) else open_dataset(data)
+    return (Source(name=folder.manifest.name, location=str(data), data=folder, share=1.0, pair_cutoff=0.0),)
+
+
+def _take_in_proportion(sources: IntArray, sizes: IntArray, limit: int) -> IntArray:
+    """Return the conformers to evaluate, counted through the blocks of all sources.
+
+    Args:
+        sources: (num_blocks,) source of each block, ascending.
+        sizes: (num_blocks,) conformers in each.
+        limit: Conformers at most; 0: all.
+    """
+    totals = np.bincount(sources, sizes).astype(np.int64)
+    ends = np.cumsum(totals)
+    total = int(ends[-1])
+    taken = np.diff(ends * min(limit or total, total) // total, prepend=0)
+    return np.concatenate(
+        [np.arange(end - size, end - size + n) for end, size, n in zip(ends, totals, taken, strict=True)]
+    )

@@ -30,18 +30,29 @@ FORMAT: Final = 1
 
 CONFIG_NAME: Final = "config.yaml"
 IDENTITY_NAME: Final = "run.json"
+PLAN_NAME: Final = "plan.json"
 MANIFEST_NAME: Final = "manifest.json"
 _PREFIX: Final = "step_"
 
 MAY_CHANGE: Final = frozenset(
     {
-        "run.name", "run.folder", "run.threads", "data.folder", "data.num_workers", "data.verify", "data.max_validation",
+        "run.name", "run.folder", "run.threads", "data.num_workers", "data.verify", "data.max_validation", "data.max_atoms",
+        "data.max_pairs", "data.find_limits", "data.oversized", "data.on_damage", "data.max_skipped", "data.rebase", "data.cache",
+        "data.cache_gb", "data.connect_timeout", "data.stall_timeout", "data.retries",
         "train.micro_batches", "train.zero_stage", "train.checkpoint_attention", "train.device", "train.log_every",
         "train.validate_every", "train.save_every", "train.stop_at", "train.keep_checkpoints", "train.max_skipped_steps",
         "metrics.wandb", "metrics.project",
     }
 )  # fmt: skip
 """Keys that a resumed run may set otherwise: they do not change what is learned (to rounding)"""
+
+IN_PLAN: Final = frozenset(
+    {
+        "data.folder", "data.folders", "data.weights", "data.temperature", "data.batch_size", "data.lanes", "data.window_blocks",
+        "data.shuffle_shards", "data.cost_per_atom", "data.cost_per_pair", "data.fit_cost",
+    }
+)  # fmt: skip
+"""Keys that are compared through the plan that they make (train/planning.py), and may change with `data.rebase=true`"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,11 +82,11 @@ class RunFolder:
         self._config = config
         self._lock: IO[str] | None = None
 
-    def check(self, data_fingerprint: str) -> None:
+    def check(self, data_fingerprint: str = "") -> None:
         """Check that the folder is new, or belongs to this very run; read only, so any process may.
 
         Args:
-            data_fingerprint: Of the data set.
+            data_fingerprint: Of the data; empty: not compared. Where the folder has a plan, that is what is compared.
 
         Raises:
             CheckpointError: It holds something else, or a run with another configuration or other data.
@@ -92,7 +103,7 @@ class RunFolder:
             fingerprint = json.loads(identity.read_text(encoding="utf-8"))["data_fingerprint"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise self._refuse(f"hold a readable {IDENTITY_NAME}", type(error).__name__) from error
-        if fingerprint != data_fingerprint:
+        if data_fingerprint not in ("", fingerprint) and not (self.path / PLAN_NAME).is_file():
             raise self._refuse(f"belong to this data set ({data_fingerprint})", f"a run on another one ({fingerprint})")
         for key, (old, new) in _compare_configs(before, self._config).items():
             raise self._refuse(f"belong to this run, where {key} is {new}", f"another run, with {old}")
@@ -126,7 +137,9 @@ class RunFolder:
 
     def sign(self, data_fingerprint: str, package_version: str) -> None:
         """Write down whose folder this is, and the configuration as it is now; rank 0 alone, after `check`."""
-        data = dataclasses.replace(self._config.data, folder=str(Path(self._config.data.folder).absolute()))
+        section = self._config.data
+        folder, folders = find_absolute(section.folder), tuple(map(find_absolute, section.folders))
+        data = dataclasses.replace(section, folder=folder, folders=folders)
         write_text(self.path / CONFIG_NAME, dump_config(dataclasses.replace(self._config, data=data)))
         if not (self.path / IDENTITY_NAME).is_file():
             identity = {"data_fingerprint": data_fingerprint, "package_version": package_version}
@@ -138,6 +151,11 @@ class RunFolder:
             self._lock.close()
 
 
+def find_absolute(location: str) -> str:
+    """Return where a data set is from any folder; addresses of servers, and nothing at all, stay what they are."""
+    return location if not location or "://" in location else str(Path(location).absolute())
+
+
 def _compare_configs(before: RunConfig, now: RunConfig) -> dict[str, tuple[Any, Any]]:
     """Return keys that differ and must not, the name of the model first: another model has other keys."""
     old, new = (
@@ -145,7 +163,8 @@ def _compare_configs(before: RunConfig, now: RunConfig) -> dict[str, tuple[Any, 
         for c in (before, now)
     )
     keys = sorted(dict.fromkeys([*old, *new]), key=lambda k: k != "model.name")  # else in their order
-    return {k: (old.get(k), new.get(k)) for k in keys if k not in MAY_CHANGE and old.get(k) != new.get(k)}
+    compared = [k for k in keys if k not in MAY_CHANGE | IN_PLAN]
+    return {k: (old.get(k), new.get(k)) for k in compared if old.get(k) != new.get(k)}
 
 
 # ----------------------------------------------------------------------------------------------------------- checkpoints

@@ -29,6 +29,9 @@ EXTRAS = {
     "tblite": ("generate", "`so3krates generate` uses it"),
     "rdkit": ("generate", "`so3krates generate` uses it"),
     "torch-pme": ("longrange", "Ewald and PME electrostatics use it"),
+    "s3fs": ("s3", "data sets in S3-compatible stores are read with it"),
+    "h5py": ("formats", "`so3krates convert` reads HDF5 files with it"),
+    "lmdb": ("formats", "`so3krates convert` reads .aselmdb files with it"),
 }
 """Optional packages: the extra that installs them, and what for"""
 

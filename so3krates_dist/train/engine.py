@@ -43,7 +43,8 @@ def build_deepspeed_config(section: TrainSection, num_weights: int) -> dict[str,
     """Return DeepSpeed's configuration for a run.
 
     The batch size that DeepSpeed asks for is a formality: it does not load data here, and the loss carries its own
-    normalisation (losses.py).
+    normalisation (losses.py). So are its accumulation steps: it would divide by a number that has to be known beforehand and is the
+    same in every step; here the number of passes varies from step to step, and shares add up (`TrainingEngine.backward`).
 
     Args:
         section: Of the configuration.
@@ -53,7 +54,7 @@ def build_deepspeed_config(section: TrainSection, num_weights: int) -> dict[str,
     bucket = max(num_weights + num_weights % 2, 2)  # DeepSpeed wants an even number
     return {
         "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": section.micro_batches,
+        "gradient_accumulation_steps": 1,
         "gradient_clipping": section.gradient_clipping,
         "zero_optimization": {
             "stage": section.zero_stage,
@@ -114,21 +115,28 @@ class TrainingEngine:
         outputs: dict[str, torch.Tensor] = self._engine(batch, compute_stress=self._section.stress_weight > 0)
         return outputs
 
-    def backward(self, loss: torch.Tensor) -> None:
-        """Add the gradient of this process's share of the loss (DeepSpeed would average shares; they are summed)."""
-        self._engine.backward(loss * (self.world_size * self._section.micro_batches))
+    def backward(self, loss: torch.Tensor, *, is_last: bool) -> None:
+        """Add the gradient of a share of the loss; shares of all passes and processes are summed.
+
+        A step consists of any number of passes, the same on all processes (stage 2 exchanges gradients in each of them): one that
+        has nothing left to do takes an empty batch.
+
+        Args:
+            loss: Share of this pass of this process.
+            is_last: Whether this is the last pass of the step; `step` follows.
+        """
+        self._engine.set_gradient_accumulation_boundary(is_last)
+        self._engine.backward(loss * self.world_size)  # which DeepSpeed divides by when it averages over processes
 
     def step(self, learning_rate: float) -> StepResult:
-        """Finish a micro-batch; after the last of a step, update the weights.
+        """Update the weights, after the last pass of a step.
 
         Args:
             learning_rate: Of this step.
         """
+        assert self._engine.is_gradient_accumulation_boundary(), "the last pass has to say so, or nothing is updated"
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
-        if not self._engine.is_gradient_accumulation_boundary():
-            self._engine.step()
-            return StepResult(0.0, True)
         if self._stage == 0:
             return self._step_without_zero()
         self._engine.step()
@@ -141,15 +149,18 @@ class TrainingEngine:
         norm = float(torch.nn.utils.get_total_norm(gradients))
         if not math.isfinite(norm):
             self.discard()
-            self._engine.micro_steps += 1  # what step() would have done: the next micro-batch begins a new step
             return StepResult(norm, False)
         self._engine.step()
         return StepResult(norm, True)
 
     def discard(self) -> None:
         """Forget the gradients of an unfinished step; weights and optimizer stay as they are."""
+        optimizer = self._engine.optimizer
         self._engine.zero_grad()
-        self._engine.optimizer.zero_grad()
+        optimizer.zero_grad()
+        if self._stage > 0:  # sums of the passes before the last, and what the last made of them; zero_grad leaves both
+            optimizer.all_grad_tensors.clear()
+            optimizer.averaged_gradients.clear()
 
     def _named_weights(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         return self.potential.named_parameters()

@@ -6,7 +6,6 @@ are left out and counted. A structure that cannot be computed stops the evaluati
 
 import argparse
 import dataclasses
-import itertools
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,19 +16,22 @@ import numpy as np
 import torch
 
 from so3krates_dist import __version__
-from so3krates_dist.config import read_config
-from so3krates_dist.data.shards import SPLITS, BlockReader, Manifest, check_dataset
+from so3krates_dist.config import DataSection, RunConfig, read_config
+from so3krates_dist.data.mixture import Mixture, open_folder
+from so3krates_dist.data.shards import SPLITS, check_dataset
 from so3krates_dist.data.stream import iter_batches
 from so3krates_dist.distributed import Rank, choose_device, reduce_sum
 from so3krates_dist.errors import CheckpointError, DataError, So3kratesError
 from so3krates_dist.files import write_text
 from so3krates_dist.graph import ELEMENT_SYMBOLS, MAX_ATOMIC_NUMBER, FloatArray, GraphBatch
 from so3krates_dist.metrics import METRICS_NAME, print_table, read_metrics
-from so3krates_dist.model.potential import CHARGED_CRYSTALS, Potential, check_elements
-from so3krates_dist.model.registry import load_model
+from so3krates_dist.model.potential import Potential, check_elements
+from so3krates_dist.model.registry import load_model, read_model_config
 from so3krates_dist.train import pictures
 from so3krates_dist.train.checkpoint import CONFIG_NAME
+from so3krates_dist.train.inputs import check_structures
 from so3krates_dist.train.losses import shift_dipoles
+from so3krates_dist.train.planning import read_record
 
 OTHER: Final = "(other)"
 """Row for conformers of a group that was not named"""
@@ -323,7 +325,7 @@ def _join_samples(kept: Sequence[Mapping[str, FloatArray]]) -> Samples:
 
 
 def evaluate_run(
-    folder: Path, *, split: str = "test", dataset: Path | None = None, device: torch.device | str = "cpu"
+    folder: Path, *, split: str = "test", dataset: Path | str | None = None, device: torch.device | str = "cpu"
 ) -> Evaluation:
     """Evaluate a run's model and write the results into the run folder.
 
@@ -333,87 +335,79 @@ def evaluate_run(
     Args:
         folder: Run folder, or with a data set any folder with a model.
         split: `train`, `validation` or `test`.
-        dataset: Data set folder; None: the one that the run was trained on.
+        dataset: Data set, a folder or an address; None: those that the run was trained on.
         device: Where to compute.
 
     Raises:
         CheckpointError: The folder is no run, or holds no model yet.
         DataError: The data are damaged, hold nothing to evaluate or elements that the model does not know.
     """
-    dataset = dataset or _find_dataset(folder)
-    manifest = check_dataset(dataset)
-    _check_split(manifest, split, dataset)
+    data = _open_data(folder, dataset)
+    _check_split(data, split)
     potential = load_model(folder, device=device)
-    for note in potential.describe_limits(_check_structures(dataset, manifest, split, potential)):
+    for note in potential.describe_limits(check_structures(data, split, potential)):
         print(f"note: {note}")
-    if "energy" in manifest.labels and not any(potential.statistics.energy_baselines.values()):
+    if "energy" in data.labels and not any(potential.statistics.energy_baselines.values()):
         print("note: the model has no energy baselines: its energies are relative to no reference")
-    batches = iter_batches(dataset, split, batch_size=EVALUATION_BATCH_SIZE, cutoffs=potential.cutoffs)
+    batches = iter_batches(data, split, batch_size=EVALUATION_BATCH_SIZE, cutoffs=potential.cutoffs)
     evaluation = evaluate(
         potential,
         batches,
         device=device,
-        groups=sorted(manifest.groups),
-        compute_stress="stress" in manifest.labels,
+        groups=data.groups,
+        compute_stress="stress" in data.labels,
         keep_samples=True,
     )
-    target = find_target(folder, dataset)
-    _write_results(folder, target, evaluation, manifest, split)
+    _write_results(folder, find_target(folder, dataset), evaluation, data, split)
     return evaluation
 
 
-def find_target(folder: Path, dataset: Path | None) -> Path:
+def _open_data(folder: Path, dataset: Path | str | None) -> Mixture:
+    """Open a data set as it is, or all those of a run with energies on the scale of its model."""
+    record = read_record(folder)
+    reference = record.reference if record else None
+    if dataset is None:
+        config = _read_run_config(folder)
+        section, model = config.data, config.model
+    else:
+        section, model = DataSection(folder=str(dataset)), read_model_config(folder)[0]
+    for location in section.sources:
+        if "://" not in location:
+            check_dataset(Path(location))
+        if dataset and reference and not reference.knows(open_folder(location, section).manifest):
+            reference = None  # energies of another level of theory are compared as they are
+    return Mixture.open(section, model, reference)
+
+
+def find_target(folder: Path, dataset: Path | str | None) -> Path:
     """Return where the results on a data set go; None: the one that the run was trained on."""
-    own = _find_dataset(folder) if (folder / CONFIG_NAME).is_file() else None
-    name = "" if dataset is None or (own and own.resolve() == dataset.resolve()) else dataset.resolve().name
-    return folder / "evaluation" / name
+    own = _read_run_config(folder).data.sources if (folder / CONFIG_NAME).is_file() else ()
+    if dataset is None or (len(own) == 1 and Path(own[0]).resolve() == Path(dataset).resolve()):
+        return folder / "evaluation"
+    return folder / "evaluation" / Path(dataset).resolve().name
 
 
-def _find_dataset(folder: Path) -> Path:
+def _read_run_config(folder: Path) -> RunConfig:
     path = folder / CONFIG_NAME
     if not path.is_file():
         remedy = "Give a folder that `so3krates train` made, or data with --data"
         raise CheckpointError(str(folder), f"be a run folder with {CONFIG_NAME}", "none", remedy)
-    return Path(read_config(path).data.folder)
+    return read_config(path)
 
 
-def _check_split(manifest: Manifest, split: str, dataset: Path) -> None:
-    if not manifest.num_conformers(split):
-        counts = ", ".join(f"{s}: {manifest.num_conformers(s)}" for s in SPLITS)
-        raise DataError(f"{dataset} split `{split}`", "hold conformers", counts, "Choose another split with --split")
+def _check_split(data: Mixture, split: str) -> None:
+    if not data.num_conformers(split):
+        counts = ", ".join(f"{s}: {data.num_conformers(s)}" for s in SPLITS)
+        where = " + ".join(s.location for s in data.active)
+        raise DataError(f"{where} split `{split}`", "hold conformers", counts, "Choose another split with --split")
 
 
-def _check_structures(dataset: Path, manifest: Manifest, split: str, potential: Potential) -> set[str]:
-    """Check all structures before computing the first; reading them is cheap beside computing them.
-
-    Returns:
-        Which of `total_charge` and `num_unpaired_electrons` are not zero somewhere, and `CHARGED_CRYSTALS` where there are some.
-    """
-    reader, present = BlockReader(dataset), set[str]()
-    try:
-        for shard in manifest.of_split(split):
-            for entry in shard.blocks:
-                columns, where = reader.read(shard, entry).columns, f"{dataset / shard.file}:{entry.key}"
-                check_elements(np.unique(columns["atomic_numbers"]).tolist(), potential.elements, where)
-                pbcs = columns.get("pbc", np.zeros((len(columns["total_charge"]), 3), bool))
-                for pbc, cell in zip(pbcs, columns.get("cell", itertools.repeat(None)), strict=False):
-                    potential.check_box(pbc, cell, where)
-                stated = {n for n in ("total_charge", "num_unpaired_electrons") if columns[n].any()}
-                if (pbcs.any(1) & (columns["total_charge"] != 0)).any():
-                    stated.add(CHARGED_CRYSTALS)
-                potential.check_electrons(columns["total_charge"].tolist(), "num_unpaired_electrons" in stated, where)
-                present |= stated
-    finally:
-        reader.close()
-    return present
-
-
-def _write_results(folder: Path, target: Path, evaluation: Evaluation, manifest: Manifest, split: str) -> None:
+def _write_results(folder: Path, target: Path, evaluation: Evaluation, data: Mixture, split: str) -> None:
     target.mkdir(parents=True, exist_ok=True)
     content = {
         "version": __version__,
-        "data": {"name": manifest.name, "fingerprint": manifest.fingerprint, "split": split},
-        "level_of_theory": manifest.level_of_theory,
+        "data": {"name": data.name, "fingerprint": data.fingerprint, "split": split},
+        "level_of_theory": data.level_of_theory,
         "units": {
             "energy": "eV/atom", "forces": "eV/Angstrom", "stress": "eV/Angstrom^3", "dipole": "e Angstrom",
             "hirshfeld_ratios": "1",
@@ -422,7 +416,7 @@ def _write_results(folder: Path, target: Path, evaluation: Evaluation, manifest:
     }  # fmt: skip
     write_text(target / f"{split}.json", json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     assert evaluation.samples is not None
-    _draw_parities(evaluation.samples, manifest, target, f"{manifest.name}, {split} split")
+    _draw_parities(evaluation.samples, data, target, f"{data.name}, {split} split")
     metrics = folder / METRICS_NAME
     if metrics.is_file():
         pictures.plot_learning_curve(
@@ -430,10 +424,10 @@ def _write_results(folder: Path, target: Path, evaluation: Evaluation, manifest:
         )
 
 
-def _draw_parities(samples: Samples, manifest: Manifest, target: Path, subtitle: str) -> None:
+def _draw_parities(samples: Samples, data: Mixture, target: Path, subtitle: str) -> None:
     """Draw the parities of the labels that there are."""
     baselines = np.zeros(MAX_ATOMIC_NUMBER + 1)
-    for atomic_number, energy in manifest.statistics["energy_baselines"].items():
+    for atomic_number, energy in data.statistics["energy_baselines"].items():
         baselines[int(atomic_number)] = energy
     first_atoms = np.concatenate([[0], np.cumsum(samples.num_atoms)[:-1]]).astype(np.int64)
     offsets = np.add.reduceat(baselines[samples.atomic_numbers.astype(np.int64)], first_atoms)
@@ -454,7 +448,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `so3krates evaluate`."""
     parser.add_argument("run_folder", metavar="RUN", type=Path, help="run folder")
     parser.add_argument("--split", choices=SPLITS, default="test", help="which conformers (default: test)")
-    parser.add_argument("--data", metavar="FOLDER", type=Path, help="another data set than the run's own")
+    parser.add_argument("--data", metavar="FOLDER", help="another data set than the run's own")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
 
 

@@ -20,7 +20,7 @@ from so3krates_dist.graph import ELEMENT_SYMBOLS
 
 VENDORS = (
     "torch", "deepspeed", "e3nn", "webdataset", "omegaconf", "wandb", "safetensors", "numpy", "vesin", "ase", "tblite",
-    "rdkit", "torch-pme",
+    "rdkit", "torch-pme", "s3fs", "h5py", "lmdb",
 )  # fmt: skip
 
 
@@ -198,18 +198,38 @@ def describe_run(folder: Path) -> list[tuple[str, object]]:
     rows: list[tuple[str, object]] = [
         ("run", config.run.name),
         ("folder", folder.resolve()),
-        ("data", config.data.folder),
+        ("data", ", ".join(config.data.sources)),
         ("steps asked for", config.train.num_steps),
         ("checkpoints", ", ".join(checkpoints) or "none"),
         ("model", _describe_model(config.model)),
         ("weights", "model.safetensors" if (folder / "model.safetensors").is_file() else "none yet"),
     ]
     rows += [(f"run.json: {key}", value) for key, value in _read_json(folder / "run.json").items()]
+    rows += _describe_plan(_read_json(folder / "plan.json"))
     records = read_metrics(folder / "metrics.jsonl") if (folder / "metrics.jsonl").is_file() else []
     last = {str(record["kind"]): record for record in records}
     rows += [(f"{kind} at step {r['step']}", _format_figures(r)) for kind, r in last.items() if kind != "event"]
     pictures = sorted(str(p.relative_to(folder)) for p in folder.rglob("*.png"))
     return [*rows, ("pictures", ", ".join(pictures) or "none")]
+
+
+def _describe_plan(content: Mapping[str, Any]) -> list[tuple[str, object]]:
+    """Return which data sets a run has had in what shares from which step on, and what was measured for it."""
+    rows: list[tuple[str, object]] = []
+    try:
+        for segment in content.get("segments", ()):
+            fields = segment["fields"]
+            shares = zip(fields["sources"], fields["weights"], strict=True)
+            text = ", ".join(f"{100 * weight:.3g} % {name}" for name, weight in shares)
+            rows.append((f"plan from step {segment['first_step']}", f"{text}; {fields['lanes']} lanes"))
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            "plan.json", "be a plan", f"{type(error).__name__}: {error}", "Restore the file"
+        ) from error
+    for name in ("cost", "limits"):
+        if content.get(name):
+            rows.append((f"measured {name}", _format_figures(content[name])))
+    return rows
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

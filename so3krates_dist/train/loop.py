@@ -3,18 +3,17 @@
 import contextlib
 import dataclasses
 import math
-from collections import Counter
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
-import numpy as np
 import torch
 
 from so3krates_dist import __version__
-from so3krates_dist.config import ModelSection, RunConfig, TrainSection
-from so3krates_dist.data.shards import Manifest, check_dataset, iter_graphs
-from so3krates_dist.data.stream import TrainingStream, build_loader, check_allows_box, iter_batches
+from so3krates_dist.config import RunConfig, TrainSection
+from so3krates_dist.data.mixture import Mixture
+from so3krates_dist.data.stream import StepData, TrainingStream, build_loader, iter_batches
 from so3krates_dist.distributed import (
     Rank,
     broadcast_text,
@@ -29,23 +28,19 @@ from so3krates_dist.distributed import (
     tune_machine,
     wait_for_all,
 )
-from so3krates_dist.errors import EXIT_DONE, EXIT_REQUEUE, ConfigError, DataError, So3kratesError
+from so3krates_dist.errors import EXIT_DONE, EXIT_REQUEUE, DataError, So3kratesError
 from so3krates_dist.graph import GraphBatch
 from so3krates_dist.metrics import MetricsLogger
-from so3krates_dist.model.potential import (
-    CHARGED_CRYSTALS,
-    ModelStatistics,
-    check_charges,
-    check_elements,
-    check_unpaired_electrons,
-)
+from so3krates_dist.model.potential import CHARGED_CRYSTALS, ModelStatistics
 from so3krates_dist.model.registry import build_model, save_model
+from so3krates_dist.train import budget, inputs, planning
 from so3krates_dist.train.checkpoint import RunFolder, TrainingState, find_checkpoint, load_checkpoint, save_checkpoint
 from so3krates_dist.train.engine import TrainingEngine
 from so3krates_dist.train.evaluate import EVALUATION_BATCH_SIZE, evaluate
 from so3krates_dist.train.guard import FiniteGuard, StopRequest
 from so3krates_dist.train.losses import LABELS, WEIGHTS, compute_loss, count_labels
 from so3krates_dist.train.optim import WeightMean, compute_learning_rate
+from so3krates_dist.train.probes import collect_probes
 from so3krates_dist.train.window import StepWindow
 
 
@@ -64,67 +59,24 @@ def run_training(config: RunConfig) -> int:
     rank = read_rank()
     config.check_world_size(rank.world_size)
     device = choose_device(config.train.device, rank)
-    manifest = _check_data(config, hashes=config.data.verify == "sha256" and rank.is_main)
     folder = RunFolder(config)
-    folder.check(manifest.fingerprint)
+    folder.check()
+    record = planning.read_record(folder.path)
+    hashes = config.data.verify == "sha256" and rank.local_rank == 0
+    mixture = inputs.open_data(config, record.reference if record else None, hashes=hashes)
+    folder.check(mixture.fingerprint)
+    planning.check_plan(config, mixture, record)
     if rank.is_main:
         folder.acquire()
-        folder.check(manifest.fingerprint)  # again: another run may have come first
+        folder.check(mixture.fingerprint)  # again: another run may have come first
     checkpoint, complaints = find_checkpoint(folder.path / "checkpoints") if rank.is_main else (None, [])
     tune_machine(count_threads(config.run.threads, rank.local_world_size), device)
     start_processes(rank, device)
-    training = Training(config, rank, device, manifest, folder)
+    training = Training(config, rank, device, mixture, folder, record)
     exit_code = training.run(broadcast_text(str(checkpoint or ""), device), complaints)
     stop_processes()  # not after an error: the other processes may be waiting in a collective
     folder.close()
     return exit_code
-
-
-def _check_data(config: RunConfig, hashes: bool) -> Manifest:
-    """Check that there is something to train on, with the labels that the loss needs, and nothing else to validate on."""
-    if not config.data.folder:
-        raise ConfigError(
-            "data.folder", "name a data set", "nothing", "Set data.folder=FOLDER, see `so3krates generate`"
-        )
-    folder = Path(config.data.folder)
-    manifest = check_dataset(folder, hashes=hashes)
-    for label in LABELS:
-        if getattr(config.train, WEIGHTS[label]) and label not in manifest.labels:
-            have = f"a data set with {', '.join(manifest.labels)} only"
-            raise ConfigError(f"train.{WEIGHTS[label]}", f"be 0 without {label} labels", have, "Set it to 0")
-    manifest = _count_unpaired_electrons(folder, manifest, config.model)
-    statistics = ModelStatistics.from_manifest(manifest.statistics, config.model)  # refuses what no model can have
-    if manifest.statistics.get("num_periodic", 0):  # older manifests do not say; the stream looks again
-        check_allows_box(config.model, np.ones(3, bool), None, f"{folder} training split")
-    _check_validation(folder, manifest, config.model, statistics)
-    return manifest
-
-
-def _count_unpaired_electrons(folder: Path, manifest: Manifest, section: ModelSection) -> Manifest:
-    """Return a manifest that says whether there are unpaired electrons, where the model sees them; older ones do not."""
-    if "num_unpaired_electrons" not in section.sees or "num_unpaired_electrons" in manifest.statistics:
-        return manifest
-    counts = Counter(f"{g.num_unpaired_electrons:g}" for g in iter_graphs(folder, manifest, "train"))
-    return dataclasses.replace(
-        manifest, statistics={**manifest.statistics, "num_unpaired_electrons": dict(sorted(counts.items()))}
-    )
-
-
-def _check_validation(folder: Path, manifest: Manifest, section: ModelSection, statistics: ModelStatistics) -> None:
-    """Check that the held-out conformers are of a kind that the training split has."""
-    where = f"{folder} validation split"
-    elements: set[int] = set()
-    charges: set[float] = set()
-    has_unpaired = False
-    for graph in iter_graphs(folder, manifest, "validation"):
-        elements.update(graph.atomic_numbers.tolist())
-        charges.add(graph.total_charge)
-        has_unpaired |= graph.num_unpaired_electrons != 0
-        check_allows_box(section, graph.pbc, graph.cell, where)
-    check_elements(elements, statistics.elements, where)
-    check_charges(section.sees, statistics, charges, where)
-    if has_unpaired:
-        check_unpaired_electrons(section.sees, statistics, where)
 
 
 _SCORED: Final = ("forces", "energy", "stress", "dipole", "hirshfeld_ratios")
@@ -150,14 +102,12 @@ def compute_score(summary: Mapping[str, float], section: TrainSection) -> float:
     return next((error for error in errors if not math.isnan(error)), math.nan)
 
 
-def take_batches(
-    loader: Iterator[list[GraphBatch]],
-) -> tuple[list[GraphBatch], So3kratesError | None]:
-    """Return the next micro-batches, or what went wrong, for all processes to hear of."""
+def take_step(loader: Iterator[StepData]) -> tuple[StepData, So3kratesError | None]:
+    """Return this process's part of the next step, or what went wrong, for all processes to hear of."""
     try:
         return next(loader), None
     except So3kratesError as error:
-        return [], error
+        return StepData([]), error
 
 
 class Training:
@@ -167,25 +117,33 @@ class Training:
         config: Of the run.
         rank: This process.
         device: Of this process.
-        manifest: Of the data set.
+        mixture: Its data.
         folder: Of the run.
+        record: The plan that the run has followed so far; None where it begins.
     """
 
     def __init__(
-        self, config: RunConfig, rank: Rank, device: torch.device, manifest: Manifest, folder: RunFolder
+        self,
+        config: RunConfig,
+        rank: Rank,
+        device: torch.device,
+        mixture: Mixture,
+        folder: RunFolder,
+        record: planning.PlanRecord | None,
     ) -> None:
-        self.config, self.rank, self.device, self.manifest = config, rank, device, manifest
+        self.config, self.rank, self.device, self.mixture, self.record = config, rank, device, mixture, record
         self.path = folder.path
         if rank.is_main:
-            folder.sign(manifest.fingerprint, __version__)
+            folder.sign(mixture.fingerprint, __version__)
         seed_everything(config.run.seed)
-        self.statistics = ModelStatistics.from_manifest(manifest.statistics, config.model)
+        self.statistics = ModelStatistics.from_manifest(mixture.statistics, config.model)
         potential = build_model(config.model, self.statistics).to(device)
         self.mean = WeightMean(potential, config.train.ema_decay)
         self.engine = TrainingEngine(potential, config.train, device)
-        self.stream = TrainingStream(Path(config.data.folder), manifest, config, rank.rank, rank.world_size)
         self.metrics = MetricsLogger(self.path, config, is_main=rank.is_main)
         self.best_score = float("inf")
+        self.num_skipped = 0
+        self.complaints: set[str] = set()
 
     def run(self, checkpoint: str, complaints: Sequence[str]) -> int:
         """Train to the end of the run, or to the request to stop.
@@ -196,27 +154,26 @@ class Training:
         """
         section = self.config.train
         step = self.resume(checkpoint)
+        stream = self.settle_plan(step)
         last = min(section.num_steps, section.stop_at or section.num_steps)
         self.announce(step, complaints)
         stop = StopRequest(self.path, look_for_file=self.rank.is_main)
         guard, window = FiniteGuard(section.max_skipped_steps), StepWindow()
-        loader = build_loader(
-            self.stream, range(step, last), num_workers=self.config.data.num_workers, device=self.device
-        )
+        loader = build_loader(stream, range(step, last), num_workers=self.config.data.num_workers, device=self.device)
         stopping = False
         # Closed after an error too: worker processes that are left to the interpreter's exit would make it wait for ever.
         with contextlib.closing(loader):
             while step < last and not stopping:
                 with window.waiting():
-                    micro_batches, failure = take_batches(loader)
-                counts, stopping = self.agree(micro_batches, failure, stop.is_pending())
-                facts = self.train_step(step, micro_batches, counts)
+                    data, failure = take_step(loader)
+                counts, stopping = self.agree(data, failure, stop.is_pending())
+                facts = self.train_step(step, data.batches, counts)
                 guard.record(step, facts["applied"] > 0)
                 window.add(facts)
                 step += 1
                 if step % section.log_every == 0 or step == last or stopping:
-                    epoch = step / self.stream.plan.steps_per_epoch
-                    self.metrics.log("train", step, window.summarize(epoch=epoch))
+                    epochs = self.count_epochs(step)
+                    self.metrics.log("train", step, window.summarize(epoch=min(epochs.values())) | self.detail(epochs))
                 if step % section.validate_every == 0 or step == section.num_steps:
                     with window.pausing():
                         self.validate(step)
@@ -238,51 +195,116 @@ class Training:
         self.engine.load_state(state.tensors)
         self.mean.load_state(state.tensors)
         # Without held-out conformers the score is minus the step, which no error would ever beat.
-        held_out = self.manifest.num_conformers("validation")
+        held_out = self.mixture.num_conformers("validation")
         self.best_score = float("inf") if held_out and state.best_score < 0 else state.best_score
         return state.step
+
+    def settle_plan(self, step: int) -> TrainingStream:
+        """Find the plan to follow from a step on, write it down where it is new, and return its stream.
+
+        What has to be measured for it is measured now, once in a run.
+        """
+        section, data, record = self.config.train, self.config.data, self.record
+        measure_cost = planning.needs_cost(self.config, record)
+        measure_limits = data.find_limits and (record is None or record.limits is None)
+        cost = limits = None
+        if measure_cost or measure_limits:
+            potential = self.engine.potential
+            probes = collect_probes(self.mixture.active, potential.cutoffs)
+        if measure_cost:
+            cost = budget.fit_cost(potential, probes, section, self.device, self.rank)
+        self.schedule, self.record = planning.build_schedule(
+            self.config, self.mixture, record, step, cost=cost.to_json() if cost else None
+        )
+        if measure_limits:
+            most = planning.count_conformers(self.schedule, step, self.rank.world_size)
+            limits = budget.find_limits(potential, probes, section, self.device, self.rank, conformers_per_step=most)
+            self.record = dataclasses.replace(self.record, limits=limits.to_json())
+        said = [found.describe() for found in (cost, limits) if found]
+        for line in [*said, planning.describe_change(record, self.record)]:
+            if line:
+                self.metrics.message(line)
+        applied = inputs.find_limits(data, self.record.limits)
+        if data.oversized == "refuse":
+            inputs.check_sizes(self.mixture, applied)
+        if self.record != record and self.rank.is_main:
+            planning.write_record(self.path, self.record)
+        return TrainingStream(self.schedule, self.config, self.rank.rank, self.rank.world_size, applied)
+
+    def count_epochs(self, step: int) -> dict[str, float]:
+        """Return by its name how often each data set has been gone through after some steps."""
+        plan, within = self.schedule.locate(step)
+        counts = zip(plan.sources, plan.settings.weights, plan.epochs(within), strict=True)
+        return {source.name: epoch for source, weight, epoch in counts if weight}
+
+    def detail(self, epochs: Mapping[str, float]) -> dict[str, float]:
+        """Return the figures that only some runs have.
+
+        They are the epochs of several data sets (`epoch` itself is the smallest of them: so often everything has been seen), and
+        how many conformers have been left out since the run's last start.
+        """
+        figures = {f"epoch/{name}": epoch for name, epoch in epochs.items()} if len(epochs) > 1 else {}
+        return figures | ({"skipped_conformers": self.num_skipped} if self.config.data.on_damage == "skip" else {})
 
     def announce(self, step: int, complaints: Sequence[str]) -> None:
         """Say what is going to happen, and what the user should know before."""
         for complaint in complaints:
             self.metrics.message(complaint)
-        statistics = self.manifest.statistics
+        statistics = self.mixture.statistics
         present = [k for k, n in _STATED.items() if set(statistics.get(n, {})) - {"0"}]
         # Each is counted by itself: where they are more than all structures together, some are both.
         charged = sum(count for charge, count in statistics.get("total_charges", {}).items() if float(charge))
-        if charged + statistics.get("num_periodic", 0) > self.manifest.num_conformers("train"):
+        if charged + statistics.get("num_periodic", 0) > self.mixture.num_conformers("train"):
             present.append(CHARGED_CRYSTALS)
         for note in self.mean.potential.describe_limits(present):
             self.metrics.message(f"note: {note}")
         weights = sum(p.numel() for p in self.engine.potential.parameters())
-        counts = " / ".join(f"{self.manifest.num_conformers(s):,} {s}" for s in ("train", "validation", "test"))
+        counts = " / ".join(f"{self.mixture.num_conformers(s):,} {s}" for s in ("train", "validation", "test"))
         self.metrics.message(
             f"so3krates_dist {__version__}: {self.config.run.name}, {self.rank.world_size} process(es) on"
             f" {self.device.type}, {weights:,} weights, conformers {counts}"
         )
+        for line in self.mixture.describe():
+            self.metrics.message(line)
         if step:
             self.metrics.message(f"Resumed at step {step} of {self.config.train.num_steps}")
 
-    def agree(
-        self, micro_batches: Sequence[GraphBatch], failure: So3kratesError | None, stop_pending: bool
-    ) -> tuple[list[float], bool]:
+    def agree(self, data: StepData, failure: So3kratesError | None, stop_pending: bool) -> tuple[list[float], bool]:
         """Tell the other processes what this one has, once a step.
 
         Returns:
             Labels of each kind and conformers in the whole step; and whether any process was asked to stop.
 
         Raises:
-            So3kratesError: A process could not read its data; all raise, that one with its own message.
+            So3kratesError: A process could not read its data, or more conformers were left out than may be; all raise, the one that
+                could not read its data with its own message.
         """
-        label_counts = [sum(count_labels(b)[i] for b in micro_batches) for i in range(len(LABELS))]
-        conformers = sum(b.num_graphs for b in micro_batches)
-        flags = [float(stop_pending), float(failure is not None)]
-        *counts, stop, failed = reduce_sum([*label_counts, conformers, *flags], self.device)
+        label_counts = [sum(count_labels(b)[i] for b in data.batches) for i in range(len(LABELS))]
+        conformers = sum(b.num_graphs for b in data.batches)
+        flags = [data.skipped, float(stop_pending), float(failure is not None)]
+        *counts, skipped, stop, failed = reduce_sum([*label_counts, conformers, *flags], self.device)
         if failure is not None:
             raise failure
         if failed:
             raise DataError("data of another process", "be readable", "an error", "Its own message says what to do")
+        self.complain(data.complaints)
+        self.num_skipped += round(skipped)
+        most = self.config.data.max_skipped
+        if skipped and self.num_skipped > most:
+            remedy = "Repair the data that are named above, or raise data.max_skipped"
+            raise DataError("conformers left out", f"be at most data.max_skipped ({most})", self.num_skipped, remedy)
         return counts, stop > 0
+
+    def complain(self, complaints: Sequence[str]) -> None:
+        """Say once what was left out; a process other than the first has only its own standard error."""
+        for line in complaints:
+            if line in self.complaints:
+                continue
+            self.complaints.add(line)
+            if self.rank.is_main:
+                self.metrics.message(f"left out: {line}")
+            else:
+                print(f"rank {self.rank.rank}: left out: {line}", file=sys.stderr, flush=True)
 
     def train_step(self, step: int, micro_batches: Sequence[GraphBatch], counts: Sequence[float]) -> dict[str, float]:
         """Do one optimizer step; return its figures, the same on all processes.
@@ -296,21 +318,21 @@ class Training:
         seed_step(self.config.run.seed, step, self.rank)
         learning_rate = compute_learning_rate(step, section)
         losses, sums = [], torch.zeros(2, dtype=torch.float64, device=self.device)
-        for micro_batch in micro_batches:
+        for number, micro_batch in enumerate(micro_batches, 1):
             batch = micro_batch.to(self.device)
             outputs = self.engine.forward(batch)
             loss, errors = compute_loss(outputs, batch, counts, section, self.statistics.energy_scale)
-            self.engine.backward(loss)
-            result = self.engine.step(learning_rate)
+            self.engine.backward(loss, is_last=number == len(micro_batches))
             losses.append(loss.detach())
             sums += errors
+        result = self.engine.step(learning_rate)
         if result.applied:
             self.mean.update(self.engine.potential.parameters(), step)
         total, energy, forces = reduce_sum([float(torch.stack(losses).sum()), *sums.tolist()], self.device)
         return {
             "loss": total,
-            "energy_mae_per_atom": energy / max(counts[0], 1.0),
-            "forces_mae": forces / max(counts[1], 1.0),
+            "energy_mae_per_atom": energy / counts[0] if counts[0] else math.nan,
+            "forces_mae": forces / counts[1] if counts[1] else math.nan,
             "learning_rate": learning_rate,
             "gradient_norm": result.gradient_norm,
             "applied": float(result.applied),
@@ -320,9 +342,9 @@ class Training:
     def validate(self, step: int) -> None:
         """Evaluate the mean weights on held-out conformers; keep them where they are the best so far."""
         score = -float(step)  # without validation conformers the latest weights count as the best
-        if self.manifest.num_conformers("validation"):
+        if self.mixture.num_conformers("validation"):
             batches = iter_batches(
-                Path(self.config.data.folder), "validation", batch_size=EVALUATION_BATCH_SIZE,
+                self.mixture, "validation", batch_size=EVALUATION_BATCH_SIZE,
                 cutoffs=self.mean.potential.cutoffs, rank=self.rank, limit=self.config.data.max_validation,
             )  # fmt: skip
             with_stress = self.config.train.stress_weight > 0
@@ -348,9 +370,9 @@ class Training:
         """Write the mean weights with all that is needed to use them."""
         provenance = {
             "step": step,
-            "data": self.manifest.name,
-            "data_fingerprint": self.manifest.fingerprint,
-            "level_of_theory": self.manifest.level_of_theory,
+            "data": self.mixture.name,
+            "data_fingerprint": self.mixture.fingerprint,
+            "level_of_theory": self.mixture.level_of_theory,
             "package_version": __version__,
         }
         weights = self.mean.potential.state_dict()

@@ -3,7 +3,7 @@
 import contextlib
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 _MEANS = ("loss", "energy_mae_per_atom", "forces_mae", "gradient_norm")
 
@@ -45,7 +45,7 @@ class StepWindow:
         """
         seconds = max(time.perf_counter() - self._start - self._paused, 1e-9)
         applied = [f for f in self._steps if f["applied"]]
-        figures = {name: sum(f[name] for f in applied) / len(applied) if applied else math.nan for name in _MEANS}
+        figures = {name: _average([f[name] for f in applied]) for name in _MEANS}
         figures |= {
             "learning_rate": self._steps[-1]["learning_rate"],
             "skipped_steps": float(len(self._steps) - len(applied)),
@@ -56,3 +56,9 @@ class StepWindow:
         }
         self._begin()
         return figures
+
+
+def _average(values: Sequence[float]) -> float:
+    """Return the mean of those that are there: a step may have no conformer with some label."""
+    known = [v for v in values if not math.isnan(v)]
+    return sum(known) / len(known) if known else math.nan

@@ -20,21 +20,23 @@ def measure(folder: Path, tuned: bool, settings: list[str]) -> None:
     import torch
 
     from so3krates_dist.config import load_config
-    from so3krates_dist.data.shards import check_dataset
+    from so3krates_dist.data.mixture import Mixture
     from so3krates_dist.data.stream import TrainingStream
     from so3krates_dist.distributed import tune_machine
     from so3krates_dist.model.potential import ModelStatistics
     from so3krates_dist.model.registry import build_model
     from so3krates_dist.train.optim import build_optimizer
+    from so3krates_dist.train.planning import build_schedule
 
     if tuned:
         tune_machine(1, torch.device("cpu"))
     torch.set_num_threads(1)
     config = load_config([f"data.folder={folder}", *settings])
-    manifest = check_dataset(folder)
-    stream = TrainingStream(folder, manifest, config, rank=0, world_size=1)
-    batches = [stream[step][0] for step in range(STEPS)]
-    potential = build_model(config.model, ModelStatistics.from_manifest(manifest.statistics, config.model)).train()
+    mixture = Mixture.open(config.data, config.model)
+    schedule, _ = build_schedule(config, mixture, None, 0)
+    stream = TrainingStream(schedule, config, rank=0, world_size=1)
+    batches = [stream[step].batches[0] for step in range(STEPS)]
+    potential = build_model(config.model, ModelStatistics.from_manifest(mixture.statistics, config.model)).train()
     optimizer = build_optimizer(potential, config.train)
     cpu: list[float] = []
     for batch in batches:

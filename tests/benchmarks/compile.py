@@ -17,12 +17,13 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from so3krates_dist.config import load_config
-from so3krates_dist.data.shards import check_dataset
+from so3krates_dist.data.mixture import Mixture
 from so3krates_dist.data.stream import TrainingStream
 from so3krates_dist.distributed import tune_machine
 from so3krates_dist.graph import GraphBatch
 from so3krates_dist.model.potential import ModelStatistics, compute_vectors
 from so3krates_dist.model.registry import build_model
+from so3krates_dist.train.planning import build_schedule
 
 Step = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
@@ -43,11 +44,12 @@ def main(folder: Path, settings: list[str]) -> None:
     """Print times of tracing, compiling and steps, and the deviations of the gradients."""
     tune_machine(1, torch.device("cpu"))
     config = load_config([f"data.folder={folder}", "data.batch_size=10", *settings])
-    manifest = check_dataset(folder)
-    stream = TrainingStream(folder, manifest, config, rank=0, world_size=1)
-    batches = [stream[step][0] for step in range(40)]
+    mixture = Mixture.open(config.data, config.model)
+    schedule, _ = build_schedule(config, mixture, None, 0)
+    stream = TrainingStream(schedule, config, rank=0, world_size=1)
+    batches = [stream[step].batches[0] for step in range(40)]
     torch.manual_seed(0)
-    statistics = ModelStatistics.from_manifest(manifest.statistics, config.model)
+    statistics = ModelStatistics.from_manifest(mixture.statistics, config.model)
     network = build_model(config.model, statistics).train().network
     names, weights = zip(*network.named_parameters(), strict=True)
 

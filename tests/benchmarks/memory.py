@@ -16,16 +16,18 @@ def measure(folder: Path, recompute: bool, settings: list[str]) -> None:
     import torch
 
     from so3krates_dist.config import load_config
-    from so3krates_dist.data.shards import check_dataset
+    from so3krates_dist.data.mixture import Mixture
     from so3krates_dist.data.stream import TrainingStream
     from so3krates_dist.model.potential import ModelStatistics
     from so3krates_dist.model.registry import build_model
+    from so3krates_dist.train.planning import build_schedule
 
     torch.set_num_threads(1)
     config = load_config([f"data.folder={folder}", "data.batch_size=160", *settings])
-    manifest = check_dataset(folder)
-    batch = TrainingStream(folder, manifest, config, rank=0, world_size=1)[0][0]
-    potential = build_model(config.model, ModelStatistics.from_manifest(manifest.statistics, config.model)).train()
+    mixture = Mixture.open(config.data, config.model)
+    schedule, _ = build_schedule(config, mixture, None, 0)
+    batch = TrainingStream(schedule, config, rank=0, world_size=1)[0].batches[0]
+    potential = build_model(config.model, ModelStatistics.from_manifest(mixture.statistics, config.model)).train()
     potential.network.checkpoint_attention = recompute  # type: ignore[assignment]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     assert batch.forces is not None

@@ -73,6 +73,7 @@ def test_every_model_trains_as_in_plain_torch(findings: Any, world_size: int) ->
     report({f"norm {name}": c["norm"] for name, c in cases.items()}, 5e-5)
     report({f"gradients {name}": c["moments"] for name, c in cases.items()}, 5e-6)
     report({name: c["sound weights"] for name, c in cases.items()}, TOLERANCE)
+    assert {name: c["sound"] for name, c in cases.items() if c["sound"] < 0.6} == {}, "not enough was compared"
     if world_size == 2:
         assert all(any(0 in counts for counts in c["graphs"]) for c in cases.values()), "portions without conformers"
 

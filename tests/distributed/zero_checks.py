@@ -9,19 +9,20 @@ from typing import Any
 import numpy as np
 import torch
 from analytic import write_dataset
+from plain import PlainTraining
 from safetensors.torch import load_file, save_file
 from training_setup import find_differences, make_config, make_graphs
 
 from so3krates_dist.config import RunConfig
 from so3krates_dist.data.shards import load_manifest
-from so3krates_dist.data.stream import TrainingStream
-from so3krates_dist.distributed import read_rank, seed_everything, start_processes, stop_processes, wait_for_all
+from so3krates_dist.data.stream import StepData, TrainingStream
+from so3krates_dist.distributed import Rank, read_rank, start_processes, stop_processes, wait_for_all
 from so3krates_dist.graph import GraphBatch
 from so3krates_dist.model.potential import ModelStatistics
-from so3krates_dist.model.registry import build_model
 from so3krates_dist.train.checkpoint import RunFolder
+from so3krates_dist.train.inputs import open_data
 from so3krates_dist.train.loop import Training
-from so3krates_dist.train.optim import compute_learning_rate
+from so3krates_dist.train.planning import build_schedule
 
 CPU = torch.device("cpu")
 STAGES = (0, 1, 2)
@@ -47,75 +48,16 @@ OWN_LOSS = ("train.energy_weight=0", "train.forces_weight=10", "train.dipole_wei
 Findings = dict[str, dict[str, Any]]
 
 
+def open_stream(config: RunConfig, rank: Rank) -> TrainingStream:
+    """Return the stream of a process from the first step on."""
+    schedule, _ = build_schedule(config, open_data(config), None, 0)
+    return TrainingStream(schedule, config, rank.rank, rank.world_size)
+
+
 def do_step(training: Training, step: int, batches: list[GraphBatch]) -> dict[str, float]:
     """Do what the loop does with the micro-batches of a step."""
-    counts, _ = training.agree(batches, None, False)
+    counts, _ = training.agree(StepData(batches), None, False)
     return training.train_step(step, batches, counts)
-
-
-class PlainTraining:
-    """The same training without DeepSpeed and without processes: the definition that the engine is measured by."""
-
-    def __init__(self, config: RunConfig) -> None:
-        self.section = config.train
-        dataset = Path(config.data.folder)
-        manifest = load_manifest(dataset)
-        self.stream = TrainingStream(dataset, manifest, config, 0, 1)
-        seed_everything(config.run.seed)
-        statistics = ModelStatistics.from_manifest(manifest.statistics, config.model)
-        self.scale = statistics.energy_scale
-        self.potential = build_model(config.model, statistics).train()
-        named = dict(self.potential.named_parameters())
-        decayed = {n for n, p in named.items() if n.endswith("weight") and p.dim() > 1 and "embedding" not in n}
-        matrices, others = ([p for n, p in named.items() if (n in decayed) == choice] for choice in (True, False))
-        groups = [
-            {"params": matrices, "weight_decay": self.section.weight_decay},
-            {"params": others, "weight_decay": 0.0},
-        ]
-        betas = (self.section.adam_beta1, self.section.adam_beta2)
-        self.optimizer = torch.optim.AdamW(groups, betas=betas, fused=False, foreach=False)
-
-    def step(self, step: int) -> tuple[float, float]:
-        """Train on the whole global batch; return the loss and the norm of its gradient."""
-        (batch,) = self.stream[step]
-        outputs = self.potential(batch)
-        energies = (outputs["energy"] - batch.energy) / batch.num_atoms / self.scale
-        forces = (outputs["forces"] - batch.forces) / self.scale
-        weights = self.section.energy_weight, self.section.forces_weight
-        loss = weights[0] * energies.square().mean().float() + weights[1] * forces.square().mean()
-        if self.section.dipole_weight:
-            loss = loss + self.section.dipole_weight * self._compare_dipoles(outputs["dipole"], batch)
-        if self.section.hirshfeld_weight:
-            errors = outputs["hirshfeld_ratios"] - batch.hirshfeld_ratios
-            loss = loss + self.section.hirshfeld_weight * errors.square().mean()
-        self.optimizer.zero_grad()
-        loss.backward()
-        limit = self.section.gradient_clipping or float("inf")
-        norm = torch.nn.utils.clip_grad_norm_(self.potential.parameters(), limit)
-        for group in self.optimizer.param_groups:
-            group["lr"] = compute_learning_rate(step, self.section)
-        self.optimizer.step()
-        return float(loss.detach()), float(norm)
-
-    def _compare_dipoles(self, dipoles: torch.Tensor, batch: GraphBatch) -> torch.Tensor:
-        """Return the mean squared error, with the origin of each at its centre of mass."""
-        errors = []
-        for number, label in enumerate(batch.dipole):
-            atoms = batch.graph_index == number
-            masses = torch.tensor([{10: 20.1797, 18: 39.948}[int(z)] for z in batch.atomic_numbers[atoms]])
-            centre = masses @ batch.positions[atoms] / masses.sum()
-            errors.append(dipoles[number] - batch.total_charge[number] * centre - label)
-        return torch.stack(errors).square().mean()
-
-    def weights(self) -> dict[str, torch.Tensor]:
-        return {f"weight.{n}": p.detach().clone() for n, p in self.potential.named_parameters()}
-
-    def moments(self) -> dict[str, torch.Tensor]:
-        """Return AdamW's mean of the gradients; zero for weights that had none."""
-        states = self.optimizer.state
-        means = {n: states[p].get("exp_avg") for n, p in self.potential.named_parameters()}
-        named = dict(self.potential.named_parameters())
-        return {f"exp_avg.{n}": torch.zeros_like(named[n]) if m is None else m.clone() for n, m in means.items()}
 
 
 class Checks:
@@ -126,7 +68,7 @@ class Checks:
         self.rank = read_rank()
         self.number = itertools.count()
         self.plain: dict[tuple[str, ...], tuple[dict[str, torch.Tensor], list[tuple[float, float]]]] = {}
-        self.moments: dict[tuple[str, ...], dict[str, torch.Tensor]] = {}
+        self.trainings: dict[tuple[str, ...], PlainTraining] = {}
 
     def build(self, *settings: str) -> Training:
         run = self.folder / f"run{next(self.number)}"
@@ -135,7 +77,7 @@ class Checks:
         if self.rank.is_main:
             folder.acquire()
         wait_for_all()
-        training = Training(config, self.rank, CPU, load_manifest(self.dataset), folder)
+        training = Training(config, self.rank, CPU, open_data(config), folder, None)
         folder.close()
         return training
 
@@ -145,10 +87,13 @@ class Checks:
         """Return the weights after the steps, and loss and gradient norm of each."""
         key = (*settings, str(steps))
         if key not in self.plain:
-            plain = PlainTraining(make_config(self.dataset, self.folder, "train.weight_decay=0.05", *settings))
-            facts = [plain.step(step) for step in steps]
+            config = make_config(self.dataset, self.folder, "train.weight_decay=0.05", *settings)
+            statistics = load_manifest(self.dataset).statistics
+            plain = PlainTraining(config, ModelStatistics.from_manifest(statistics, config.model))
+            stream = open_stream(config, Rank())
+            facts = [plain.step(step, *stream[step].batches) for step in steps]
             self.plain[key] = plain.weights(), facts
-            self.moments[key] = plain.moments()
+            self.trainings[key] = plain
         return self.plain[key]
 
     def gather(self, training: Training) -> dict[str, torch.Tensor]:
@@ -178,8 +123,9 @@ class Checks:
     ) -> dict[str, Any]:
         start = self.gather(training)
         finding = {"loss": 0.0, "norm": 0.0, "atoms": [], "graphs": [], "clipped": 0}
+        stream = open_stream(training.config, self.rank)
         for step, (loss, norm) in enumerate(facts):
-            batches = training.stream[step]
+            batches = stream[step].batches
             found = do_step(training, step, batches)
             finding["loss"] = max(finding["loss"], abs(found["loss"] / loss - 1))
             finding["norm"] = max(finding["norm"], abs(found["gradient_norm"] / norm - 1))
@@ -200,7 +146,7 @@ class Checks:
             settings += ["train.weight_decay=0", "data.batch_size=2", *(OWN_LOSS if name == "so3lr" else ())]
             steps = tuple(range(MODEL_STEPS))
             expected, facts = self.train_plainly(*settings, steps=steps)
-            moments = self.moments[*settings, str(steps)]
+            plain = self.trainings[*settings, str(steps)]
             for stage in STAGES if model == "so3lr" else (STAGES[number % 3],):
                 for recompute in (False, True):
                     more = (
@@ -210,7 +156,7 @@ class Checks:
                     )
                     training = self.build(*settings, *more)
                     finding = self.compare_trajectory(training, expected, facts)
-                    finding |= compare_moments(self.gather(training), moments, expected)
+                    finding |= compare_moments(self.gather(training), plain, expected)
                     findings[f"{name}, stage {stage}, recompute {recompute}"] = finding
         return findings
 
@@ -220,8 +166,9 @@ class Checks:
         states = {}
         for stage in STAGES:
             training = self.build(f"train.zero_stage={stage}")
+            stream = open_stream(training.config, self.rank)
             for step in range(3):
-                do_step(training, step, training.stream[step])
+                do_step(training, step, stream[step].batches)
             states[f"{self.rank.world_size} processes, stage {stage}"] = self.gather(training)
             if self.rank.is_main:
                 path = self.folder.parent / f"{self.rank.world_size} processes, stage {stage}.safetensors"
@@ -243,12 +190,9 @@ class Checks:
     def compare_next_steps(self, state: dict[str, torch.Tensor], stage: int, loaded: Training) -> dict[str, Any]:
         """Go on for three steps (of the data that seed 0 orders) and compare with plain torch that never stopped."""
         expected, _ = self.train_plainly(steps=tuple(range(6)))
-        stream = TrainingStream(
-            self.dataset, load_manifest(self.dataset), make_config(self.dataset, self.folder), self.rank.rank,
-            self.rank.world_size,
-        )  # fmt: skip
+        stream = open_stream(make_config(self.dataset, self.folder), self.rank)
         for step in range(3, 6):
-            do_step(loaded, step, stream[step])
+            do_step(loaded, step, stream[step].batches)
         after = self.gather(loaded)
         deviation = max(float((after[n] - w).abs().max()) for n, w in expected.items())
         return {"weights": deviation, "steps": int(after["optimizer_steps"])}
@@ -260,10 +204,11 @@ class Checks:
         for stage, micro in itertools.product(STAGES, (1, 2)):
             for damage in DAMAGES if micro == 2 else ("nan position",):
                 training = self.build(f"train.zero_stage={stage}", f"train.micro_batches={micro}")
+                stream = open_stream(training.config, self.rank)
                 for step in range(3):
-                    do_step(training, step, training.stream[step])
+                    do_step(training, step, stream[step].batches)
                 before = self.gather(training)
-                batches = training.stream[3]
+                batches = stream[3].batches
                 if self.rank.rank == self.rank.world_size - 1:
                     DAMAGES[damage](batches[0])
                 facts = do_step(training, 3, batches)
@@ -272,7 +217,7 @@ class Checks:
                     "differences": find_differences(before, self.gather(training)),
                 }
                 for step in (4, 5):
-                    do_step(training, step, training.stream[step])
+                    do_step(training, step, stream[step].batches)
                 after = self.gather(training)
                 finding["weights"] = max(float((after[n] - w).abs().max()) for n, w in expected.items())
                 findings[f"{damage}, stage {stage}, {micro} micro-batches"] = finding
@@ -280,22 +225,16 @@ class Checks:
 
 
 def compare_moments(
-    state: dict[str, torch.Tensor], moments: dict[str, torch.Tensor], weights: dict[str, torch.Tensor]
+    state: dict[str, torch.Tensor], plain: PlainTraining, weights: dict[str, torch.Tensor]
 ) -> dict[str, Any]:
-    """Compare gradients, and weights where their gradients are more than rounding.
-
-    AdamW divides each gradient by its own size, so a weight whose gradient vanishes (the bias of the charges, which are made to
-    add up) walks by what is left of it.
-    """
+    """Compare gradients, and weights where their gradients are more than rounding."""
+    moments, is_sound = plain.moments(), plain.find_sound()
     largest = max(float(m.abs().max()) for m in moments.values())
     finding: dict[str, Any] = {"moments": max(float((state[n] - m).abs().max()) for n, m in moments.items()) / largest}
-    deviation = 0.0
-    for name, weight in weights.items():
-        moment = moments[name.replace("weight.", "exp_avg.", 1)].abs()
-        is_sound = moment > 1e-5 * largest
-        if is_sound.any():
-            deviation = max(deviation, float((state[name] - weight)[is_sound].abs().max()))
-    return finding | {"sound weights": deviation}
+    trained = sum(int(m.count_nonzero()) for m in moments.values())
+    finding["sound"] = sum(int(sound.sum()) for sound in is_sound.values()) / trained
+    deviations = [(state[name] - weight)[is_sound[name]].abs() for name, weight in weights.items()]
+    return finding | {"sound weights": max(float(d.max()) for d in deviations if len(d))}
 
 
 def _spoil_positions(batch: GraphBatch) -> None:

@@ -80,6 +80,33 @@ def _take_other_data(data: Path, _: Path) -> list[str]:
     return [f"data.folder={make_dataset(data.with_name('other'), num_train=24, first_seed=500)}"]
 
 
+def _name_both(data: Path, other: Path) -> list[str]:
+    return ["data.folder=", f"data.folders=[{data},{other}]"]
+
+
+def _add_data(data: Path, _: Path) -> list[str]:
+    other = make_dataset(data.with_name("other"), num_train=24, first_seed=500)
+    return [*_alter(other, name="more"), *_name_both(data, other)]
+
+
+def _alter(folder: Path, **changes: object) -> list[str]:
+    content = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(content | changes))
+    return []
+
+
+def _add_other_level(data: Path, _: Path) -> list[str]:
+    other = make_dataset(data.with_name("other"), num_train=24, first_seed=500)
+    statistics = json.loads((other / "manifest.json").read_text())["statistics"]
+    none = statistics | {"energy_baselines": {"10": 0.0, "18": 0.0}}
+    return [*_alter(other, name="more", level_of_theory="DFT", statistics=none), *_name_both(data, other)]
+
+
+def _add_other_units(data: Path, _: Path) -> list[str]:
+    other = make_dataset(data.with_name("other"), num_train=24, first_seed=500)
+    return [*_alter(other, units={"energy": "Hartree", "length": "Angstrom"}), *_name_both(data, other)]
+
+
 def _write_foreign_file(_: Path, run: Path) -> list[str]:
     shutil.rmtree(run)
     run.mkdir()
@@ -102,15 +129,39 @@ CASES: list[Case] = [
     ("altered shard", lambda d, r: [flip_byte(d / "train-000001.tar", 3000) or "run.name=x"], EXIT_DATA,
      r"train-000001\.tar must have the sha256 \w+\.\.\.; got \w+\.\.\.\. Copy the file again"),
     ("schema from the future", _damage_manifest, EXIT_DATA, r"must have schema \d or lower; got 99\. Install a newer"),
-    ("no such labels", lambda d, r: ["train.stress_weight=1.0"], EXIT_CONFIG,
+    ("no such labels", lambda d, r: ["train.stress_weight=1.0", f"run.folder={r}-new"], EXIT_CONFIG,
      r"train\.stress_weight must be 0 without stress labels; got a data set with energy, forces only\."),
     ("no forces", _drop_label, EXIT_CONFIG, r"train\.forces_weight must be 0 without forces labels"),
     ("lanes and processes", lambda d, r: ["data.lanes=3"], EXIT_CONFIG,
-     r"data\.lanes must be a multiple of the number of processes \(2\); got 3\. Set data\.lanes=4"),
+     r"data\.lanes must be a multiple of the number of processes \(2\); got 3\. Start 1, 3 processes, or set data\.lanes=4"),
     ("micro-batches and processes", lambda d, r: ["train.micro_batches=4"], EXIT_CONFIG,
      r"train\.micro_batches must divide data\.lanes / processes \(2\); got 4"),
     ("a run on other data", _take_other_data, EXIT_FAILURE,
-     r"run\.folder .*must belong to this data set \(\w+\); got a run on another one \(\w+\)\."),
+     r"must go on with the plan it has begun with, where the fingerprint of each data set is \['\w+'\]; got \['\w+'\]\."),
+    ("more data", _add_data, EXIT_FAILURE,
+     r"where data\.folders is \['small'\]; got \['small', 'more'\]\. Set it back, or set data\.rebase=true to change it from"),
+    ("another batch size", lambda d, r: ["data.batch_size=8"], EXIT_FAILURE, r"where data\.batch_size is 6; got 8\. Set it back"),
+    ("other lanes", lambda d, r: ["data.lanes=8"], EXIT_FAILURE, r"where data\.lanes is 4; got 8\. Set it back, or set"),
+    ("other costs", lambda d, r: ["data.cost_per_pair=2"], EXIT_FAILURE, r"where data\.cost_per_pair is 1\.0; got 2\.0\."),
+    ("costs to be measured", lambda d, r: ["data.fit_cost=true"], EXIT_FAILURE, r"where data\.fit_cost is False; got True\."),
+    ("an earlier version's order", lambda d, r: [(r / "plan.json").unlink() or "run.name=x"], EXIT_FAILURE,
+     r"must hold a plan\.json, which says .* step_00000003 were made of; got none: its order of the data was that of"),
+    ("a damaged plan", lambda d, r: [(r / "plan.json").write_text("{}") and "run.name=x"], EXIT_FAILURE,
+     r"plan\.json must be a plan; got a damaged one \(KeyError: 'format'\)\. Restore the file, or start anew"),
+    ("a plan from the future", lambda d, r: [(r / "plan.json").write_text('{"format": 9}') and "run.name=x"], EXIT_FAILURE,
+     r"plan\.json must have format 1 or lower; got 9\. Install a newer"),
+    ("a large structure", lambda d, r: ["data.max_atoms=8"], EXIT_DATA,
+     r"train-000000\.tar:train-000000-\d+:\d+ must have at most 8 atoms \(data\.max_atoms\); got Ar\d?Ne\d?, 9 atoms and about"),
+    ("another level of theory", _add_other_level, EXIT_DATA,
+     r"other must have energy baselines to be trained on together with .*data \(Morse\); got none at another level .* \(DFT\)\."),
+    ("other units", _add_other_units, EXIT_DATA,
+     r"other must have the units of .*data \(energy in eV\); got energy in Hartree\. Convert one of them again"),
+    ("weights that do not add up", lambda d, r: [*_name_both(d, d.with_name("other")), "data.weights=[0.5,0.6]"], EXIT_CONFIG,
+     r"data\.weights must add up to 1; got \[0\.5, 0\.6\], in sum 1\.1\. Divide each by 1\.1\."),
+    ("a negative weight", lambda d, r: [*_name_both(d, d.with_name("other")), "data.weights=[1.5,-0.5]"], EXIT_CONFIG,
+     r"data\.weights must be finite numbers, none below zero; got \[1\.5, -0\.5\]\. Change the value\."),
+    ("the same data twice", lambda d, r: [*_name_both(d, copy(d, d.with_name("copy")))], EXIT_DATA,
+     r"copy must be another data set than .*data; got the same data \(fingerprint \w+\)\."),
     ("another learning rate", lambda d, r: ["train.learning_rate=1e-4"], EXIT_FAILURE,
      r"run\.folder .*must belong to this run, where train\.learning_rate is 0\.0001; got another run, with 0\.002\."),
     ("another model", lambda d, r: ["model.degrees=[1,2,3,4]"], EXIT_FAILURE,

@@ -205,7 +205,7 @@ def test_the_environment_is_made_once_and_made_anew_when_the_dependencies_change
     assert log[0] == f"venv {fake_clone}/.venv"
     assert [line.rsplit("constraints.txt ", 1)[1] for line in log[1:]] == [
         "torch",
-        f"--editable {fake_clone}[generate,longrange,dev]",
+        f"--editable {fake_clone}[generate,longrange,s3,formats,dev]",
     ]
     _, log = run_script(fake_clone, "test.sh", "-q")
     assert log == []

@@ -9,6 +9,7 @@ import typing
 from pathlib import Path
 
 import pytest
+from test_config_data import WRONG_DATA
 
 from so3krates_dist import config
 from so3krates_dist.config import (
@@ -197,7 +198,7 @@ WRONG = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("arguments", "expected"), WRONG, ids=[a for a, _ in WRONG])
+@pytest.mark.parametrize(("arguments", "expected"), WRONG + WRONG_DATA, ids=[a for a, _ in WRONG + WRONG_DATA])
 def test_every_mistake_is_one_line_that_says_what_to_do(arguments, expected):
     assert expected in get_message(arguments.split(" "))
 
@@ -236,7 +237,7 @@ def test_every_raise_and_check_of_the_schema_is_in_the_table():
     ]
     rules = [get_words(rule) for function in functions for rule in find_rules(function)]
     assert len(rules) > 30
-    known = [*(expected for _, expected in WRONG), *YAML_WRONG.values(), *WORLD_SIZE_MESSAGES]
+    known = [*(expected for _, expected in WRONG + WRONG_DATA), *YAML_WRONG.values(), *WORLD_SIZE_MESSAGES]
     missing = [words for words in rules if not any(all(word in message for word in words) for message in known)]
     assert missing in ([], [["fit the schema"]]), "the last one guards against what omegaconf's merge lets through"
 
@@ -311,7 +312,7 @@ def test_processes_must_divide_the_lanes():
         ConfigError, match=r"data.lanes must be a multiple of the number of processes \(3\); got 8"
     ) as caught:
         settings.check_world_size(3)
-    assert "Set data.lanes=9" in str(caught.value)
+    assert "Start 1, 2, 4, 8 processes, or set data.lanes=9" in str(caught.value)
     with pytest.raises(ConfigError, match=r"train.micro_batches must divide data.lanes / processes \(2\); got 4"):
         settings.check_world_size(4)
 
@@ -363,7 +364,7 @@ def test_an_empty_file_changes_nothing(tmp_path):
         ("train.learning_rate=1e-3", 1e-3), ("train.learning_rate=2", 2.0), ("train.num_steps=1_000", 1000),
         ("train.checkpoint_attention=true", True), ("model.degrees=[1, 2]", (1, 2)), ("run.name=007", "007"),
         ("run.name=yes", "yes"), ("run.folder=a=b", "a=b"), ("run.folder=/tmp/with space", "/tmp/with space"),
-        ("data.verify=size", "size"),
+        ("data.verify=size", "size"), ("data.folders=[a, 7]", ("a", "7")), ("data.weights=[]", ()), ("data.cache=~/x", "~/x"),
     ],
 )  # fmt: skip
 def test_values_are_read_as_what_the_key_wants(argument, expected):
@@ -418,6 +419,7 @@ def test_nothing_can_be_changed_afterwards():
         [], ["run=quickstart"], ["model=euclidean_transformer", "cluster=gpu", "run.name=Ångström"],
         *([f"model.name={name}", "model.num_layers=2"] for name in MODEL_SECTIONS),
         ["model.name=geomatt", "model.orders=[2,5]", "model.order_gains=[1,2.5]"],
+        ["data.folders=[a,Ångström]", "data.weights=[0.25,0.75]", "data.on_damage=skip", "data.max_skipped=9", "data.rebase=true"],
     ],
 )  # fmt: skip
 def test_what_is_dumped_can_be_read_back(tmp_path, arguments):

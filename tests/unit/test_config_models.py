@@ -126,7 +126,9 @@ def test_every_key_has_a_default_and_a_type_that_is_checked():
             hint = hints[field.name]
             choices = typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else None
             assert field.default is not dataclasses.MISSING, field.name
-            assert hint in (int, float, bool, str, tuple[int, ...], tuple[float, ...]) or choices, field.name
+            assert hint in (int, float, bool, str, tuple[int, ...], tuple[float, ...], tuple[str, ...]) or choices, (
+                field.name
+            )
             assert choices is None or field.default in choices, field.name
             assert choices is None or all(isinstance(c, str) for c in choices), field.name
 

@@ -1,6 +1,9 @@
 """Statistics of the training split: robust baselines, scales, neighbour counts."""
 
+import dataclasses
+import gc
 import json
+import weakref
 
 import numpy as np
 import pytest
@@ -8,6 +11,8 @@ import pytest
 from so3krates_dist.data.neighbors import build_neighbors
 from so3krates_dist.data.statistics import (
     NEIGHBOR_CUTOFFS,
+    BaselineSample,
+    StatisticsBuilder,
     compute_statistics,
     count_neighbors,
     fit_baselines,
@@ -163,3 +168,79 @@ def test_hash_depends_on_seed_elements_and_positions_alone() -> None:
 def test_no_conformers_is_an_error() -> None:
     with pytest.raises(DataError, match="training split must hold conformers; got 0"):
         compute_statistics([], None)
+
+
+# ------------------------------------------------------------------------------------------------- conformer by conformer
+
+
+def test_sums_are_those_of_all_atoms_at_once_whatever_their_number(monkeypatch) -> None:
+    graphs = make_molecules(90)
+    for graph in graphs[::4]:
+        graph.forces = None
+    for graph in graphs[1::5]:
+        graph.energy = None
+    found = compute_statistics(graphs, ISOLATED)
+    labelled = [g for g in graphs if g.forces is not None]
+    numbers, forces = (np.concatenate([getattr(g, n) for g in labelled]) for n in ("atomic_numbers", "forces"))
+    assert found["force_rms"] == pytest.approx(np.sqrt(np.mean(forces**2)), rel=1e-11)
+    for z in (1, 6, 7, 8):
+        expected = np.sqrt(np.mean(forces[numbers == z] ** 2))
+        assert found["force_rms_per_element"][str(z)] == pytest.approx(expected, rel=1e-11)
+    baselines, _ = fit_baselines([g for g in graphs if g.energy is not None], ISOLATED)
+    assert found["energy_baselines"] == pytest.approx({str(z): e for z, e in baselines.items()}, rel=1e-11)
+    for size in (1, 7, 90):
+        monkeypatch.setattr("so3krates_dist.data.statistics._GROUP", size)
+        other = compute_statistics(graphs, ISOLATED)
+        assert other["force_rms_per_element"] == pytest.approx(found["force_rms_per_element"], rel=1e-11)
+        assert {k: v for k, v in other.items() if "force" not in k} == {
+            k: v for k, v in found.items() if "force" not in k
+        }
+
+
+def test_the_numbers_are_those_of_the_first_version() -> None:
+    """Printed by the version that had all conformers in memory."""
+    found = compute_statistics(make_molecules(300), ISOLATED)
+    baselines = {"1": -16.1045120121, "6": -1035.01282343, "7": -1488.99121101, "8": -2044.97357024}
+    forces = {"1": 0.997976633345, "6": 1.00458434389, "7": 1.01906184688, "8": 1.01768666473}
+    assert found["energy_baselines"] == pytest.approx(baselines, rel=1e-11)
+    assert found["force_rms_per_element"] == pytest.approx(forces, rel=1e-11)
+    scalars = [found[name] for name in ("energy_residual_std_per_atom", "force_rms", "max_force")]
+    assert scalars == pytest.approx([0.0190856547113, 1.00338455776, 4.81332232624], rel=1e-11)
+    assert found["mean_neighbors"]["5.0"] == pytest.approx(10.1136870685, rel=1e-11)
+    assert found["num_atoms"] == {"min": 2, "mean": 14.5866666667, "max": 26}
+
+
+def test_baselines_are_fitted_to_the_first_conformers_and_to_those_with_rare_elements(monkeypatch) -> None:
+    monkeypatch.setattr("so3krates_dist.data.statistics.MAX_FIT_CONFORMERS", 50)
+    monkeypatch.setattr("so3krates_dist.data.statistics.MIN_FIT_CONFORMERS", 5)
+    graphs = make_molecules(300)
+    salts = [
+        Graph(atomic_numbers=np.array([11, 8, 1]), positions=np.eye(3), energy=-4400.0 + TRUE[8] + TRUE[1] + 0.3 * i)
+        for i in (-1, 0, 1, 0, 0, 1e6, 1e6)  # the last two come when there are enough of them
+    ]
+    sample = BaselineSample()
+    for graph in [*graphs, *salts]:
+        sample.add(graph.atomic_numbers, graph.energy, graph.total_charge)
+    assert len(sample) == 55
+    assert sample.elements == [1, 6, 7, 8, 11]
+    baselines, std = sample.fit(ISOLATED, sample.elements)
+    assert baselines == fit_baselines([*graphs[:50], *salts[:5]], ISOLATED)[0]
+    assert baselines[11] == pytest.approx(-4400.0, abs=0.5)
+    residuals = sample.compute_residuals(baselines)
+    assert len(residuals) == 55
+    assert np.std(residuals) == pytest.approx(std, rel=1e-6)
+    assert fit_baselines([*graphs, *salts], ISOLATED)[0] == baselines
+
+
+def test_nothing_of_the_conformers_is_kept_alive() -> None:
+    """Conformers are views of whole blocks: a kept one would keep its block in memory."""
+    builder = StatisticsBuilder()
+    alive = []
+    for number in range(3):
+        for graph in make_molecules(1024, seed=number):
+            block = np.concatenate([graph.positions, graph.positions])
+            alive.append(weakref.ref(block))
+            builder.add(dataclasses.replace(graph, positions=block[: graph.num_atoms]))
+    del graph, block
+    gc.collect()
+    assert sum(ref() is not None for ref in alive) == 0

@@ -1,31 +1,41 @@
-"""The stream: global batches are the same for any number of processes, portions and workers, and nothing is lost on the way."""
+"""The stream: global batches are the same for any number of processes, passes and workers, and nothing is lost on the way."""
 
+import contextlib
 import dataclasses
 import os
+import pickle
 import signal
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import webdataset
 from analytic import write_dataset
 from interruptions import flip_byte
+from torch.utils.data import DataLoader
 from training_setup import make_config, make_dataset, make_graphs
 
 from so3krates_dist.data import stream as stream_module
-from so3krates_dist.data.shards import load_manifest
+from so3krates_dist.data.folder import open_dataset
+from so3krates_dist.data.mixture import Mixture
+from so3krates_dist.data.neighbors import build_neighbors
+from so3krates_dist.data.passes import Limits
+from so3krates_dist.data.plan import Plan, PlanSettings, Schedule
+from so3krates_dist.data.shards import decode_sample
 from so3krates_dist.data.stream import (
+    HeldBlocks,
+    PlannedSteps,
     TrainingStream,
     _start_worker,
     build_loader,
-    estimate_cost,
     iter_batches,
-    iter_graphs,
 )
 from so3krates_dist.distributed import Rank
 from so3krates_dist.errors import DataError
-from so3krates_dist.graph import GraphBatch
+from so3krates_dist.graph import Graph, GraphBatch, collate
 
 CPU = torch.device("cpu")
 NUM_STEPS = 40
@@ -38,28 +48,63 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Thirty others."""
+    return make_dataset(tmp_path_factory.mktemp("other") / "data", num_train=30, first_seed=500)
+
+
+def read_energies(folder: Path, split: str = "train") -> list[float]:
+    return [g.energy for g in open_dataset(folder).iter_graphs(split) if g.energy is not None]
+
+
+@pytest.fixture(scope="module")
 def energies(dataset: Path) -> set[float]:
-    found = [g.energy for g in iter_graphs(dataset, load_manifest(dataset), "train")]
+    found = read_energies(dataset)
     assert len(set(found)) == len(found) == 50
-    return {e for e in found if e is not None}
+    return set(found)
 
 
-def make_stream(dataset: Path, rank: int = 0, world_size: int = 1, *settings: str) -> TrainingStream:
+def make_schedule(mixture: Mixture, *, seed: int = 0, **sizes: int) -> Schedule:
+    settings = PlanSettings(weights=tuple(s.share for s in mixture.active), seed=seed, **sizes)
+    return Schedule([(0, Plan(mixture.active, settings))])
+
+
+def make_stream(
+    folders: Path | Sequence[Path], rank: int = 0, world_size: int = 1, *settings: str, **options: Limits
+) -> TrainingStream:
     defaults = ("data.lanes=4", "data.batch_size=3", "data.window_blocks=5")
-    return TrainingStream(
-        dataset, load_manifest(dataset), make_config(dataset, "run", *defaults, *settings), rank, world_size
-    )
+    names = [folders] if isinstance(folders, Path) else folders
+    where = ("data.folder=''", f"data.folders=[{','.join(map(str, names))}]")
+    config = make_config("", "run", *where, *defaults, *settings)
+    section = config.data
+    schedule = make_schedule(
+        Mixture.open(section, config.model),
+        lanes=section.lanes, window_blocks=section.window_blocks, batch_size=section.batch_size,
+    )  # fmt: skip
+    return TrainingStream(schedule, config, rank, world_size, **options)
+
+
+def get_plan(stream: TrainingStream) -> Plan:
+    return stream._schedule.segments[-1][1]
+
+
+def count_epoch_steps(stream: TrainingStream) -> int:
+    plan = get_plan(stream)
+    return plan.windows_per_epoch * plan.steps_per_window
 
 
 def list_energies(batches: list[GraphBatch]) -> list[float]:
     return [float(e) for b in batches if b.energy is not None for e in b.energy]
 
 
-def assert_same(first: list[GraphBatch], second: list[GraphBatch]) -> None:
+def to_bytes(batch: GraphBatch) -> dict[str, object]:
+    fields = {f.name: getattr(batch, f.name) for f in dataclasses.fields(GraphBatch)}
+    return {n: v.contiguous().numpy().tobytes() if isinstance(v, torch.Tensor) else v for n, v in fields.items()}
+
+
+def assert_same(first: Sequence[GraphBatch], second: Sequence[GraphBatch]) -> None:
     for one, two in zip(first, second, strict=True):
-        for name in GraphBatch.__dataclass_fields__:
-            a, b = getattr(one, name), getattr(two, name)
-            assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, name
+        assert to_bytes(one) == to_bytes(two)
 
 
 class TestGlobalBatches:
@@ -68,16 +113,34 @@ class TestGlobalBatches:
         whole = make_stream(dataset)
         setting = f"train.micro_batches={micro_batches}"
         streams = [make_stream(dataset, rank, world_size, setting) for rank in range(world_size)]
-        assert all(len(s[0]) == micro_batches for s in streams)
+        assert all(len(s[0].batches) == micro_batches for s in streams)
         for step in range(NUM_STEPS):
-            parts = [list_energies(s[step]) for s in streams]
-            assert sum(parts, []) == list_energies(whole[step]), f"step {step}"  # noqa: RUF017 - short lists
+            parts = [list_energies(s[step].batches) for s in streams]
+            assert sum(parts, []) == list_energies(whole[step].batches), f"step {step}"  # noqa: RUF017 - short lists
+
+    def test_limits_only_divide_them(self, dataset: Path) -> None:
+        """All processes do equally many passes, each within the limits or of one conformer that exceeds them by itself."""
+        whole, limits = make_stream(dataset, 0, 1, "data.batch_size=20"), Limits(max_atoms=12, max_pairs=30)
+        streams = [make_stream(dataset, rank, 2, "data.batch_size=20", limits=limits) for rank in range(2)]
+        by_config = make_stream(dataset, 1, 2, "data.batch_size=20", "data.max_atoms=12", "data.max_pairs=30")
+        numbers = set()
+        for step in range(6):
+            parts = [s[step].batches for s in streams]
+            assert_same(by_config[step].batches, parts[1])
+            assert len(parts[0]) == len(parts[1])
+            numbers.add(len(parts[0]))
+            dealt = list_energies(parts[0]) + list_energies(parts[1])
+            assert dealt == list_energies(whole[step].batches)
+            for batch in sum(parts, []):  # noqa: RUF017 - short lists
+                fits = len(batch.atomic_numbers) <= 12 and len(batch.pair_first) <= 30
+                assert fits or batch.num_graphs == 1
+        assert min(numbers) > 1
 
     def test_an_epoch_is_every_conformer_once(self, dataset: Path, energies: set[float]) -> None:
         stream = make_stream(dataset)
-        for epoch in (0, 5):
-            first = epoch * stream.plan.steps_per_epoch
-            dealt = [e for s in range(first, first + stream.plan.steps_per_epoch) for e in list_energies(stream[s])]
+        steps = count_epoch_steps(stream)
+        for first in (0, 5 * steps):
+            dealt = [e for s in range(first, first + steps) for e in list_energies(stream[s].batches)]
             assert len(dealt) == 50
             assert set(dealt) == energies
 
@@ -85,26 +148,139 @@ class TestGlobalBatches:
         for size in (50, 200):
             stream = make_stream(dataset, 0, 1, f"data.batch_size={size}")
             for step in range(3):
-                assert sorted(list_energies(stream[step])) == sorted(energies)
+                assert sorted(list_energies(stream[step].batches)) == sorted(energies)
 
     def test_any_step_can_be_asked_for(self, dataset: Path) -> None:
         expected = make_stream(dataset)
-        in_order = [expected[step] for step in range(NUM_STEPS)]
+        in_order = [expected[step].batches for step in range(NUM_STEPS)]
         stream = make_stream(dataset)
         for step in (39, 0, 17, 16, 18, 5):
-            assert_same(stream[step], in_order[step])
+            assert_same(stream[step].batches, in_order[step])
 
     def test_a_batch_of_nothing_for_a_process_without_conformers(self, dataset: Path) -> None:
         streams = [make_stream(dataset, rank, 4, "data.batch_size=1") for rank in range(4)]
         for step in range(10):
-            counts = sorted(s[step][0].num_graphs for s in streams)
-            assert counts == [0, 0, 0, 1]
+            counts = sorted(s[step].batches[0].num_graphs for s in streams)
+            assert counts in ([0, 0, 0, 1], [0, 0, 1, 1])
 
-    def test_costs_of_processes_are_balanced(self, dataset: Path) -> None:
-        """Over an epoch each process has about as many atoms in every step as its own mean."""
-        stream = make_stream(dataset, 0, 2, "data.batch_size=10", "data.window_blocks=100")
-        atoms = np.array([len(stream[s][0].atomic_numbers) for s in range(stream.plan.steps_per_epoch)])
-        assert atoms.max() - atoms.min() <= 6, atoms
+    def test_batches_hold_what_is_stored(self, dataset: Path) -> None:
+        """Structures, labels and pairs are those of the conformer that the energy names."""
+        stored = {g.energy: g for g in open_dataset(dataset).iter_graphs("train")}
+        stream = make_stream(dataset, 0, 1, "data.batch_size=9")
+        for step in range(4):
+            (batch,) = stream[step].batches
+            graphs = [stored[e] for e in list_energies([batch])]
+            assert_same([batch], [collate([build_neighbors(g, 4.0) for g in graphs])])
+
+
+LANES = 24
+SETTINGS = (f"data.lanes={LANES}", "data.batch_size=40", "data.window_blocks=16", "data.weights=[0.7,0.3]")
+
+
+def make_lane_stream(folders: Sequence[Path], rank: int, world_size: int) -> TrainingStream:
+    """Each pass is one lane, so that batches can be compared whatever the number of processes."""
+    return make_stream(folders, rank, world_size, *SETTINGS, f"train.micro_batches={LANES // world_size}")
+
+
+@pytest.fixture(scope="module")
+def expected_lanes(dataset: Path, other: Path) -> list[list[dict[str, object]]]:
+    """The lanes' batches of each step, as one process without workers has them."""
+    stream = make_lane_stream([dataset, other], 0, 1)
+    return [[to_bytes(b) for b in stream[step].batches] for step in range(14)]
+
+
+class TestResume:
+    """The number of processes and workers may change at any step."""
+
+    WORLDS = (1, 2, 3, 4, 6, 8)
+
+    @pytest.mark.parametrize("world_size", WORLDS)
+    def test_on_another_number_of_processes(self, dataset: Path, other: Path, expected_lanes, world_size: int) -> None:
+        streams = [make_lane_stream([dataset, other], rank, world_size) for rank in range(world_size)]
+        for step in (5, 6, 13, 0):
+            lanes = [to_bytes(b) for s in streams for b in s[step].batches]
+            assert len(lanes) == LANES
+            assert lanes == expected_lanes[step]
+
+    @pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes")  # on a machine of two cores
+    @pytest.mark.parametrize("num_workers", [1, 2, 3])
+    @pytest.mark.parametrize("world_size", WORLDS)
+    def test_with_workers(self, dataset: Path, other: Path, expected_lanes, world_size: int, num_workers: int) -> None:
+        rank = (num_workers + 1) % world_size
+        share = LANES // world_size
+        first = world_size + num_workers
+        loader = build_loader(
+            make_lane_stream([dataset, other], rank, world_size),
+            range(first, first + 3),
+            num_workers=num_workers,
+            device=CPU,
+        )
+        with contextlib.closing(loader):
+            for step, data in enumerate(loader, first):
+                lanes = [to_bytes(b) for b in data.batches]
+                assert lanes == expected_lanes[step][rank * share : (rank + 1) * share]
+
+    def test_each_conformer_once_per_epoch_of_its_source(self, dataset: Path, other: Path) -> None:
+        stream = make_stream([dataset, other], 0, 1, *SETTINGS)
+        plan = get_plan(stream)
+        dealt: Counter[float] = Counter()
+        for window in range(6):
+            for slot in range(plan.steps_per_window):
+                dealt.update(list_energies(stream[window * plan.steps_per_window + slot].batches))
+            for folder, given in zip((dataset, other), plan.blocks_before(window + 1), strict=True):
+                epochs, rest = divmod(given, len(plan.sources[folder == other].block_sizes))
+                times = Counter(dealt[e] for e in read_energies(folder))
+                assert set(times) <= {epochs, epochs + 1}
+                assert (times[epochs + 1] > 0) == (rest > 0)
+        assert epochs >= 1
+
+
+def test_changing_the_plan_in_mid_run(dataset: Path, other: Path) -> None:
+    """After a rebase the steps of the first segment are as they were, and the others follow the new plan from its beginning."""
+    first, second = make_stream(dataset), make_stream([dataset, other], 0, 1, "data.lanes=2")
+    boundary = get_plan(first).steps_per_window
+    cursors = get_plan(first).cursors_at(boundary)
+    plan = get_plan(second)
+    later = Plan(plan.sources, plan.settings, [cursors.get(s.name, 0) for s in plan.sources])
+    joined = TrainingStream(Schedule([(0, get_plan(first)), (boundary, later)]), make_config(dataset, "run"), 0, 1)
+    alone = TrainingStream(Schedule([(0, later)]), make_config(dataset, "run"), 0, 1)
+    for step in (boundary - 1, boundary, boundary + 4, 0):
+        expected = first[step] if step < boundary else alone[step - boundary]
+        assert_same(joined[step].batches, expected.batches)
+
+
+class TestMixture:
+    def test_energies_come_on_the_scale_of_the_model(self, dataset: Path, tmp_path: Path) -> None:
+        """Another level of theory, whose atoms have other energies: shifted by the difference of the baselines."""
+        graphs = [dataclasses.replace(g, energy=g.energy + 100.0 * len(g.atomic_numbers)) for g in make_graphs(30, 900)]
+        folder = write_dataset(tmp_path / "level", {"train": graphs[:26], "validation": graphs[26:]}, "level")
+        text = (folder / "manifest.json").read_text()
+        (folder / "manifest.json").write_text(text.replace('"Morse"', '"Morse plus 100 eV"'))
+        stream = make_stream([dataset, folder], 0, 1, "data.batch_size=16")
+        plan = get_plan(stream)
+        shift = plan.sources[1].shift
+        assert plan.sources[0].shift is None
+        assert shift is not None
+        expected = {g.energy: g.energy + sum(shift[int(z)] for z in g.atomic_numbers) for g in graphs[:26]}
+        dealt = [e for step in range(2 * plan.steps_per_window) for e in list_energies(stream[step].batches)]
+        unshifted = read_energies(dataset)
+        for energy in dealt:
+            assert energy in unshifted or min(abs(energy - e) for e in expected.values()) < 1e-9
+        config = make_config("", "run", "data.folder=''", f"data.folders=[{dataset},{folder}]")
+        mixture = Mixture.open(config.data, config.model)
+        batches = list(iter_batches(mixture, "validation", batch_size=3, cutoffs=(4.0, 4.0)))
+        assert [b.num_graphs for b in batches] == [3, 3, 2]
+        stored = [g.energy for g in mixture.iter_graphs("validation")]
+        assert list_energies(batches) == stored
+        assert stored[:4] == read_energies(dataset, "validation")
+        assert stored[4:] != read_energies(folder, "validation")
+
+    def test_a_limit_takes_from_each_in_proportion(self, dataset: Path, other: Path) -> None:
+        config = make_config("", "run", "data.folder=''", f"data.folders=[{dataset},{other}]")
+        mixture = Mixture.open(config.data, config.model)
+        batches = list(iter_batches(mixture, "train", batch_size=6, cutoffs=(4.0, 4.0), limit=16))
+        assert [b.num_graphs for b in batches] == [6, 6, 4]
+        assert list_energies(batches) == read_energies(dataset)[:10] + read_energies(other)[:6]
 
 
 @pytest.mark.parametrize("num_workers", [0, 1, 2])
@@ -112,18 +288,64 @@ class TestLoader:
     def test_workers_change_nothing(self, dataset: Path, num_workers: int) -> None:
         stream, expected = make_stream(dataset), make_stream(dataset)
         loader = build_loader(stream, range(13, 29), num_workers=num_workers, device=CPU)
-        for step, found in zip(range(13, 29), loader, strict=True):
-            assert_same(found, expected[step])
+        with contextlib.closing(loader):
+            for step, found in zip(range(13, 29), loader, strict=True):
+                assert_same(found.batches, expected[step].batches)
 
-    def test_a_damaged_block_is_the_same_error_from_anywhere(
-        self, dataset: Path, tmp_path: Path, num_workers: int
-    ) -> None:
-        folder = make_dataset(tmp_path / "data")
-        entry = load_manifest(folder).of_split("train")[0].blocks[1]
-        flip_byte(folder / "train-000000.tar", entry.offset + 100)
-        loader = build_loader(make_stream(folder), range(40), num_workers=num_workers, device=CPU)
-        with pytest.raises(DataError, match=r"train-000000\.tar:train-000000-000001 must have the CRC \w+; got \w+\."):
+    def test_a_damaged_block_is_the_same_error_from_anywhere(self, tmp_path: Path, num_workers: int) -> None:
+        stream = make_stream(damage(make_dataset(tmp_path / "data"), 1), 0, 1, "data.verify=size")
+        loader = build_loader(stream, range(40), num_workers=num_workers, device=CPU)
+        message = r"train-000000\.tar:train-000000-000001 must have the CRC \w+; got \w+\."
+        with contextlib.closing(loader), pytest.raises(DataError, match=message):
             list(loader)
+
+    def test_a_damaged_block_is_left_out_and_counted(self, dataset: Path, tmp_path: Path, num_workers: int) -> None:
+        folder = damage(make_dataset(tmp_path / "data"), 1)
+        damaged = set(read_energies(dataset)[4:8])
+        stream = make_stream(folder, 0, 1, "data.on_damage=skip", "data.max_skipped=9", "data.verify=size")
+        whole = make_stream(dataset)
+        steps = count_epoch_steps(whole)
+        total = 0
+        with contextlib.closing(build_loader(stream, range(steps), num_workers=num_workers, device=CPU)) as loader:
+            data = list(loader)
+        for step, found in enumerate(data):
+            expected = list_energies(whole[step].batches)
+            assert list_energies(found.batches) == [e for e in expected if e not in damaged]
+            assert found.skipped == len(damaged & set(expected))
+            total += found.skipped
+            if found.skipped:
+                assert len(found.complaints) == 1
+                assert "train-000000.tar:train-000000-000001 must have the CRC" in found.complaints[0]
+            else:
+                assert found.complaints == ()
+        assert total == 4
+
+
+def damage(folder: Path, block: int) -> Path:
+    entry = open_dataset(folder).block_entry(block)
+    flip_byte(folder / entry.file, entry.offset + entry.size - 20)
+    return folder
+
+
+class TestWebDataset:
+    @pytest.mark.parametrize("num_workers", [0, 2])
+    def test_planned_steps_are_the_first_stage_of_a_pipeline(self, dataset: Path, num_workers: int) -> None:
+        expected = make_stream(dataset)
+        pipeline = webdataset.DataPipeline(
+            PlannedSteps(make_stream(dataset), 7, 18), webdataset.map(lambda data: (data.batches, data.skipped))
+        )
+        loader = DataLoader(pipeline, batch_size=None, num_workers=num_workers)
+        items = list(pipeline if num_workers == 0 else loader)
+        assert len(items) == 11
+        for step, (batches, skipped) in zip(range(7, 18), items, strict=True):
+            assert_same(batches, expected[step].batches)
+            assert skipped == 0
+
+    def test_pipelines_of_others_read_the_same_shards(self, dataset: Path) -> None:
+        names = [str(dataset / s.file) for s in open_dataset(dataset).manifest.of_split("train")]
+        foreign = webdataset.WebDataset(names, shardshuffle=False, nodesplitter=None).map(decode_sample)
+        found = [graph.energy for sample in foreign for graph in sample["block"]]
+        assert found == read_energies(dataset)
 
 
 def test_workers_end_when_the_loader_is_closed(dataset: Path) -> None:
@@ -149,6 +371,31 @@ def test_workers_leave_signals_to_their_training_process() -> None:
         torch.set_num_threads(threads)
 
 
+def test_a_stream_travels_to_a_worker_without_what_it_has_read(dataset: Path) -> None:
+    stream = make_stream(dataset)
+    before = len(pickle.dumps(stream))
+    expected = stream[3].batches
+    content = pickle.dumps(stream)
+    assert len(content) < before + 1000
+    assert_same(pickle.loads(content)[3].batches, expected)
+
+
+def test_a_process_reads_the_blocks_of_its_own_lanes_once(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream_module, "MAX_KEPT_ATOMS", 0)
+    read: list[int] = []
+    source_type = type(get_plan(make_stream(dataset)).sources[0])
+    original = source_type.read_block
+    monkeypatch.setattr(source_type, "read_block", lambda self, block: read.append(block) or original(self, block))
+    streams = [make_stream(dataset, rank, 4, "data.window_blocks=13") for rank in range(4)]
+    plan = get_plan(streams[0])
+    for stream in streams:
+        read.clear()
+        for step in range(plan.steps_per_window):
+            stream[step]
+        assert len(read) == len(set(read)) < 13, "none twice, and not all of them"
+        assert read == sorted(read), "in the order in which they are stored"
+
+
 class TestEvaluation:
     @pytest.mark.parametrize("world_size", [1, 2, 3])
     def test_every_conformer_once_in_stored_order(self, dataset: Path, energies: set[float], world_size: int) -> None:
@@ -163,13 +410,19 @@ class TestEvaluation:
         ]
         dealt = [parts[i % world_size][i // world_size] for i in range(7)]
         assert [len(b) for b in dealt] == [8] * 6 + [2]
-        stored = [g.energy for g in iter_graphs(dataset, load_manifest(dataset), "train")]
-        assert [e for b in dealt for e in b] == stored
+        assert [e for b in dealt for e in b] == read_energies(dataset)
 
     def test_a_limit(self, dataset: Path) -> None:
-        batches = list(iter_batches(dataset, "train", batch_size=8, cutoffs=(4.0, 4.0), limit=11))
+        batches = list(iter_batches(open_dataset(dataset), "train", batch_size=8, cutoffs=(4.0, 4.0), limit=11))
         assert [b.num_graphs for b in batches] == [8, 3]
         assert sum(b.num_graphs for b in iter_batches(dataset, "test", batch_size=8, cutoffs=(4.0, 4.0), limit=99)) == 4
+
+    def test_batches_of_another_size_than_blocks(self, dataset: Path) -> None:
+        stored = list(open_dataset(dataset).iter_graphs("train"))
+        for size, cutoffs in ((1, (4.0, 4.0)), (7, (3.0, 6.0)), (99, (4.0, 4.0))):
+            batches = iter_batches(str(dataset), "train", batch_size=size, cutoffs=cutoffs)
+            for graphs, batch in zip(chunk(stored, size), batches, strict=True):
+                assert_same([batch], [collate([build_neighbors(g, *cutoffs) for g in graphs])])
 
     def test_labels_and_pairs_are_there(self, dataset: Path) -> None:
         (batch,) = iter_batches(dataset, "validation", batch_size=32, cutoffs=(4.0, 4.0))
@@ -185,20 +438,16 @@ class TestEvaluation:
         with pytest.raises(DataError, match=r"split `nothing` of small must have conformers; got none\."):
             next(iter_batches(dataset, "nothing", batch_size=8, cutoffs=(4.0, 4.0)))
 
-    def test_a_data_set_without_training_conformers(self, dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        manifest = load_manifest(dataset)
-        import dataclasses
+    def test_a_damaged_block(self, tmp_path: Path) -> None:
+        folder = damage(make_dataset(tmp_path / "data"), 2)
+        batches = iter_batches(folder, "train", batch_size=8, cutoffs=(4.0, 4.0))
+        assert next(batches).num_graphs == 8
+        with pytest.raises(DataError, match="train-000000-000002 must have the CRC"):
+            next(batches)
 
-        emptied: Any = dataclasses.replace(manifest, shards=manifest.of_split("test"))
-        with pytest.raises(DataError, match="split `train` of small must have conformers"):
-            TrainingStream(dataset, emptied, make_config(dataset, "run"), 0, 1)
 
-
-def test_the_cost_grows_with_the_atoms() -> None:
-    """Half of the pairs an atom has, six for the atom itself, and no more than 27 neighbours."""
-    assert estimate_cost(1) == 3.0
-    assert estimate_cost(9) == 9 * (8 + 6) / 2
-    assert estimate_cost(200) == 2 * estimate_cost(100) == 200 * 33 / 2
+def chunk(graphs: Sequence[Graph], size: int) -> list[Sequence[Graph]]:
+    return [graphs[i : i + size] for i in range(0, len(graphs), size)]
 
 
 @pytest.mark.parametrize(("name", "limit"), [("MAX_KEPT_ATOMS", 0), ("MAX_KEPT_PAIRS", 0), ("MAX_KEPT_PAIRS", 300)])
@@ -206,23 +455,28 @@ def test_keeping_conformers_changes_nothing(
     dataset: Path, monkeypatch: pytest.MonkeyPatch, name: str, limit: int
 ) -> None:
     kept = make_stream(dataset)
-    for step in range(kept.plan.steps_per_epoch):
+    steps = count_epoch_steps(kept)
+    for step in range(steps):
         kept[step]
     monkeypatch.setattr(stream_module, name, limit)
     read_anew = make_stream(dataset)
-    for step in range(2 * kept.plan.steps_per_epoch + 1):
-        for one, other in zip(kept[step], read_anew[step], strict=True):
-            for field in dataclasses.fields(one):
-                a, b = getattr(one, field.name), getattr(other, field.name)
-                assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, field.name
-    assert count_kept_pairs(kept) == kept._num_kept_pairs > 300
-    assert count_kept_pairs(read_anew) == read_anew._num_kept_pairs <= limit
-    assert bool(read_anew._kept) == (name == "MAX_KEPT_PAIRS")
-    assert (count_kept_pairs(read_anew) > 200) == (limit == 300), "as many as fit"
+    for step in range(2 * steps + 1):
+        assert_same(kept[step].batches, read_anew[step].batches)
+    first, second = get_blocks(kept), get_blocks(read_anew)
+    assert count_kept_pairs(first) == first._num_kept_pairs > 300
+    assert count_kept_pairs(second) == second._num_kept_pairs <= limit
+    assert first.table.is_there.all()
+    assert (len(second.table.is_there) == 50) == (name == "MAX_KEPT_PAIRS")
+    assert (count_kept_pairs(second) > 200) == (limit == 300), "as many as fit"
 
 
-def count_kept_pairs(stream: TrainingStream) -> int:
-    return sum(len(g.pair_first) for g in stream._kept.values() if g.pair_first is not None)
+def get_blocks(stream: TrainingStream) -> HeldBlocks:
+    assert stream._held is not None
+    return stream._held.blocks
+
+
+def count_kept_pairs(blocks: HeldBlocks) -> int:
+    return sum(len(p.first) for p in blocks._kept_pairs.values())
 
 
 def test_a_box_is_refused_when_it_is_read(tmp_path: Path) -> None:
@@ -230,6 +484,21 @@ def test_a_box_is_refused_when_it_is_read(tmp_path: Path) -> None:
     graphs = [dataclasses.replace(g, cell=20 * np.eye(3), pbc=np.ones(3, bool), group="box") for g in make_graphs(4)]
     folder = write_dataset(tmp_path / "data", {"train": graphs})
     stream = make_stream(folder, 0, 1, "model.name=geomatt")
-    with pytest.raises(DataError, match="box must be a molecule for this model; got a periodic structure"):
+    message = (
+        r"train-000000\.tar:train-000000-000000:\d \(box\) must be a molecule for this model; got a periodic structure"
+    )
+    with pytest.raises(DataError, match=message):
         stream[0]
-    assert make_stream(folder)[0][0].pbc is not None
+    assert make_stream(folder)[0].batches[0].pbc is not None
+
+
+def test_atoms_on_top_of_each_other_are_named(dataset: Path) -> None:
+    held = HeldBlocks(get_plan(make_stream(dataset)).sources, blocks := np.array([[0, 4], [0, 5]]))
+    held.load(blocks)
+    first = int(held.table._offsets[6])
+    held.table._columns["positions"][first + 1] = held.table._columns["positions"][first]
+    message = (
+        r"train-000001\.tar:train-000001-000002:2 \(size\d\) must have its atoms at least 0\.001 Å apart; got 0 Å\."
+    )
+    with pytest.raises(DataError, match=message):
+        held.assemble(np.array([0, 6]), (4.0, 4.0))

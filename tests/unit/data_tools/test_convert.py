@@ -1,6 +1,5 @@
 """Converting: keys, units, faulty structures, and two real sets where they are at hand."""
 
-import argparse
 from pathlib import Path
 
 import ase
@@ -8,71 +7,16 @@ import ase.io
 import numpy as np
 import pytest
 from ase.calculators.singlepoint import SinglePointCalculator
+from conversion_files import assert_same_structures, load_all, write_npz, write_xyz
 
 from data_tools import convert, gate
+from data_tools.quarantine import iter_quarantine
 from data_tools.readers import read_structures
 from data_tools.validate import validate
-from so3krates_dist.data.shards import SPLITS, iter_graphs, load_manifest
+from so3krates_dist.data.shards import SPLITS, load_manifest
 from so3krates_dist.errors import DataError
 from so3krates_dist.graph import Graph
-from so3krates_dist.units import ENERGY_UNITS, KCAL_PER_MOL_EV, LENGTH_UNITS
-
-
-def write_npz(path: Path, graphs: list[Graph], *, units: tuple[str, str] = ("kcal/mol", "Angstrom"), **others) -> Path:
-    e, x = ENERGY_UNITS[units[0]], LENGTH_UNITS[units[1]]
-    arrays = {
-        "z": graphs[0].atomic_numbers.astype(np.uint8),
-        "R": np.stack([g.positions for g in graphs]) / x,
-        "E": np.array([[g.energy] for g in graphs]) / e,
-        "F": np.stack([g.forces for g in graphs]) / (e / x),
-    } | others
-    arrays = {k: v for k, v in arrays.items() if v is not None}
-    np.savez(path, **arrays)
-    return path
-
-
-def write_xyz(path: Path, graphs: list[Graph], *, prefix: str | None = None, info: dict | None = None) -> Path:
-    frames = []
-    for graph in graphs:
-        atoms = ase.Atoms(graph.atomic_numbers, graph.positions)
-        atoms.info |= info or {}
-        if prefix is None:
-            atoms.calc = SinglePointCalculator(atoms, energy=graph.energy, forces=graph.forces)
-        else:
-            atoms.info[f"{prefix}energy"], atoms.arrays[f"{prefix}forces"] = graph.energy, graph.forces
-        frames.append(atoms)
-    ase.io.write(path, frames, format="extxyz")
-    return path
-
-
-def load_all(folder: Path) -> list[Graph]:
-    manifest = load_manifest(folder)
-    return [g for s in SPLITS for g in iter_graphs(folder, manifest, s)]
-
-
-def assert_same_structures(found: list[Graph], expected: list[Graph]) -> None:
-    by_energy = {round(g.energy, 6): g for g in found}
-    assert len(by_energy) == len(expected)
-    for graph in expected:
-        other = by_energy[round(graph.energy, 6)]
-        np.testing.assert_allclose(other.positions, graph.positions, atol=1e-6)
-        np.testing.assert_allclose(other.forces, graph.forces, atol=1e-5)
-
-
-@pytest.mark.parametrize("energy", ["eV", "kcal/mol", "kJ/mol", "Hartree"])
-@pytest.mark.parametrize("length", ["Angstrom", "Bohr", "nm"])
-def test_units_of_an_npz_are_recognised(tmp_path: Path, make_water, run_tool, capsys, energy: str, length: str) -> None:
-    graphs = make_water(40)
-    path = write_npz(tmp_path / "water.npz", graphs, units=(energy, length))
-    assert run_tool(convert, path, "--out", tmp_path / "set") == 0
-    text = capsys.readouterr().out
-    assert f"energy unit: {energy} (recognised: 1.0" in text
-    assert f"length unit: {length} (" in text
-    assert f"force unit: {energy}/{length}" in text
-    assert_same_structures(load_all(tmp_path / "set"), graphs)
-    provenance = load_manifest(tmp_path / "set").provenance
-    assert provenance["unit_factors"]["energy"] == ENERGY_UNITS[energy]
-    assert provenance["sources"][0]["file"] == "water.npz"
+from so3krates_dist.units import ENERGY_UNITS, KCAL_PER_MOL_EV
 
 
 def test_names_of_rmd17_are_known(tmp_path: Path, make_water, run_tool) -> None:
@@ -145,30 +89,8 @@ def test_extxyz_with_known_or_named_keys(tmp_path: Path, make_water, run_tool, c
     assert_same_structures(load_all(tmp_path / "set"), graphs)
     text = capsys.readouterr().out
     assert "energy unit: eV (ASE's convention)" in text
-    assert "units check: energies follow forces with slope 1.0" in text
+    assert "units check: agrees: energies follow forces with slope 1.0" in text
     assert load_manifest(tmp_path / "set").provenance["keys"]["energy"] == f"{prefix or ''}energy"
-
-
-def test_units_that_are_given_are_taken(tmp_path: Path, make_water, run_tool, capsys) -> None:
-    graphs = make_water(30)
-    for graph in graphs:
-        graph.energy /= ENERGY_UNITS["Hartree"]
-    path = write_xyz(tmp_path / "water.xyz", graphs)
-    units = ["--energy-unit", "Hartree", "--length-unit", "Angstrom", "--force-unit", "eV/Angstrom"]
-    assert run_tool(convert, path, "--out", tmp_path / "set", *units) == 0
-    assert "energy unit: Hartree (given)" in capsys.readouterr().out
-    for graph in graphs:
-        graph.energy *= ENERGY_UNITS["Hartree"]
-    assert_same_structures(load_all(tmp_path / "set"), graphs)
-
-
-def test_units_that_are_given_but_do_not_fit_are_warned_about(tmp_path: Path, make_water, run_tool, capsys) -> None:
-    path = write_xyz(tmp_path / "water.xyz", make_water(30))
-    units = ["--energy-unit", "kcal/mol", "--length-unit", "Angstrom", "--force-unit", "eV/Angstrom"]
-    assert run_tool(convert, path, "--out", tmp_path / "set", *units) == 0
-    assert (
-        "warning: water.xyz has energies that change 0.043 times as much as the forces say" in capsys.readouterr().out
-    )
 
 
 def test_stress_cell_charge_and_spin_come_over(tmp_path: Path) -> None:
@@ -264,7 +186,7 @@ def test_isolated_atoms_that_are_none_are_refused(tmp_path: Path, make_water, ru
         ({"z": np.array([[8, 1, 1]] * 7 + [[8, 1, -1]] + [[8, 1, 1]] * 12)}, [], "water.npz:7 must have whole atomic .*; got -1"),
         ({"z": np.array([6.5, 1, 1])}, [], "water.npz:0 must have whole atomic numbers .*; got 6.5"),
         ({"z": np.array([200, 1, 1])}, [], "water.npz:0 must have whole atomic numbers .*; got 200. Correct the file or --keys"),
-        ({"z": np.array([0, 0, 0])}, ["--energy-unit", "eV", "--length-unit", "Angstrom"], "npz:0 structure must have atomic"),
+        ({"z": np.array([0, 0, 0])}, ["--energy-unit", "eV", "--length-unit", "Angstrom"], "npz:0 must have atomic numbers"),
         ({"uhf": np.ones(20)}, [], "water.npz:0 H2O must have as many paired .*; got 10 electrons with 1 unpaired at charge 0"),
         ({"Q": np.full(20, np.nan)}, [], "water.npz:0 H2O must have finite total_charge; got nan or infinity"),
         ({"cell": np.full((3, 3), np.nan)}, [], "water.npz:0 H2O must have finite cell; got nan or infinity"),
@@ -277,52 +199,26 @@ def test_isolated_atoms_that_are_none_are_refused(tmp_path: Path, make_water, ru
         ({"E": np.array(["low"] * 20)}, [], "water.npz:0 energy must be numbers; got"),
         ({}, ["--max-force", "1e-9"], "water.npz:0 H2O must have forces of at most 1e-09 eV/Å; got"),
         ({"Q": np.ones(20)}, [], r"water.npz:0 H2O must have as many paired .*; got 9 electrons with 0 unpaired at charge 1"),
-        ({"R": np.zeros((20, 3, 3))}, ["--length-unit", "Angstrom"], "water.npz:0 H2O must have its atoms at least 0.3 Å apart"),
+        ({"R": np.zeros((20, 3, 3))}, ["--energy-unit", "kcal/mol", "--length-unit", "Angstrom"], "H2O must have its atoms at"),
         ({"R": np.zeros((20, 3, 3))}, [], "water.npz must have bond lengths in Å; got 0.00 times the usual ones. Give"),
         ({}, ["--force-unit", "kcal"], "--force-unit must be an energy unit, a slash and a length unit; got 'kcal'"),
-        ({}, ["--force-unit", "Hartree/Bohr"], "lengths in units that agree; got forces with an RMS"),
+        ({}, ["--force-unit", "Hartree/Bohr"], "lengths in units that agree; got .*forces with an RMS of 1.81e.03"),
         ({}, ["--split", "1,2"], "--split must be three numbers"),
+        ({}, ["--max-bad-share", "2"], "--max-bad-share must be a share from 0 to 1; got 2.0. Give one like 0.01"),
+        ({}, ["--max-energy-mads", "nan"], "--max-energy-mads must be above zero; got nan. Give one like 50, or inf"),
+        ({}, ["--workers", "0"], "--workers must be at least 1; got 0. Give a larger number"),
+        ({}, ["--chunk-size", "0"], "--chunk-size must be at least 1; got 0. Give a larger number"),
+        ({}, ["--part", "0/3"], "--part must be K/N with K from 1 to N; got '0/3'. Give one like 3/8"),
+        ({}, ["--part", "x"], "--part must be K/N with K from 1 to N; got 'x'"),
+        ({}, ["--layout", "csv"], "--layout csv must be one of extxyz, .*; got 'csv'"),
     ],
 )  # fmt: skip
 def test_bad_npz_files_and_options(tmp_path: Path, make_water, run_tool, change, words, message: str) -> None:
     path = write_npz(tmp_path / "water.npz", make_water(20), **change)
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(DataError, match=message) as caught:
         run_tool(convert, path, "--out", tmp_path / "set", *words)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["water.npz"]
-
-
-def test_energies_alone_in_the_wrong_unit_are_refused(tmp_path: Path, make_water, run_tool) -> None:
-    graphs = make_water(40)
-    for graph in graphs:
-        graph.energy = (graph.energy + 2078.0) / KCAL_PER_MOL_EV
-    path = write_xyz(tmp_path / "water.xyz", graphs)
-    with pytest.raises(
-        DataError, match=r"units that agree; got energies that change 23 times as much as the forces say. Give"
-    ):
-        run_tool(convert, path, "--out", tmp_path / "set")
-
-
-@pytest.mark.parametrize("unit", ["kcal/mol", "kJ/mol", "Hartree"])
-def test_total_energies_in_another_unit_in_an_xyz_are_refused(tmp_path: Path, make_water, run_tool, unit: str) -> None:
-    """Hartree and Hartree/Bohr change together almost as eV and eV/Å do, so that the detective lets them pass."""
-    graphs = make_water(40)
-    for graph in graphs:
-        graph.energy /= ENERGY_UNITS[unit]
-        graph.forces = graph.forces / (ENERGY_UNITS[unit] / LENGTH_UNITS["Bohr"])
-    path = write_xyz(tmp_path / "water.xyz", graphs)
-    message = f"must have energies in eV .*; got total energies that look like {unit} .1.0.* Give --energy-unit"
-    with pytest.raises(DataError, match=message):
-        run_tool(convert, path, "--out", tmp_path / "set")
-    words = ["--energy-unit", unit, "--force-unit", f"{unit}/Bohr"]
-    assert run_tool(convert, path, "--out", tmp_path / "set", *words) == 0
-
-
-def test_energies_of_valence_electrons_in_an_xyz_are_in_ev(tmp_path: Path, make_water, run_tool) -> None:
-    graphs = make_water(40)
-    for graph in graphs:
-        graph.energy += 2078.0 - 138.0  # what GFN2-xTB says of water
-    path = write_xyz(tmp_path / "water.xyz", graphs)
-    assert run_tool(convert, path, "--out", tmp_path / "set") == 0
+    listed = ["set.quarantine.jsonl"] if " must have at most 1.00% bad structures; got " in str(caught.value) else []
+    assert sorted(p.name for p in tmp_path.iterdir()) == [*listed, "water.npz"]
 
 
 def test_labels_that_only_some_frames_have_are_left_out(tmp_path: Path, capsys) -> None:
@@ -338,42 +234,31 @@ def test_labels_that_only_some_frames_have_are_left_out(tmp_path: Path, capsys) 
     assert capsys.readouterr().out == "oh.xyz: dipole is left out, only 1 of 2 structures have `dipole`\n"
 
 
-def test_help_says_what_unit_dipoles_are_in(capsys) -> None:
-    parser = argparse.ArgumentParser(formatter_class=argparse.RawDescriptionHelpFormatter)
-    convert.add_arguments(parser)
-    assert "Dipoles are taken as e times the length unit" in parser.format_help()
-
-
-def test_lengths_in_bohr_in_an_xyz_are_refused(tmp_path: Path, make_water, run_tool) -> None:
-    graphs = make_water(5)
-    for graph in graphs:
-        graph.positions = graph.positions / LENGTH_UNITS["Bohr"]
-    path = write_xyz(tmp_path / "water.xyz", graphs)
-    with pytest.raises(
-        DataError, match=r"must have bond lengths in Å; got 1.[89]\d times the usual ones, like Bohr. Give --length"
-    ):
-        run_tool(convert, path, "--out", tmp_path / "set")
-
-
-def test_single_atoms_do_not_tell_a_length_unit(tmp_path: Path, run_tool) -> None:
-    np.savez(tmp_path / "he.npz", z=np.array([2]), R=np.arange(9.0).reshape(3, 1, 3), E=np.full(3, -79.0))
-    with pytest.raises(DataError, match=r"he.npz must have bonds that tell the length unit; got single atoms"):
-        run_tool(convert, tmp_path / "he.npz", "--out", tmp_path / "set")
-
-
 def test_faulty_structures_are_refused_or_dropped_and_counted(tmp_path: Path, make_water, run_tool, capsys) -> None:
     graphs = make_water(30)
     graphs[7].energy = float("nan")
     graphs[9].forces = 1e4 * graphs[9].forces
     path = write_npz(tmp_path / "water.npz", graphs)
     words = ["--energy-unit", "kcal/mol", "--length-unit", "Angstrom"]
-    message = r"water.npz:7 H2O must have finite energy; got nan or infinity. Correct it, or add --drop-faulty"
-    with pytest.raises(DataError, match=message):
+    message = r"water.npz must have at most 1.00% bad structures; got 2 of 30 .*; the first one: water.npz:7 H2O must have finite e"
+    with pytest.raises(DataError, match=message) as caught:
         run_tool(convert, path, "--out", tmp_path / "set", *words)
+    listed = tmp_path / "set.quarantine.jsonl"
+    assert str(listed) in str(caught.value)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["set.quarantine.jsonl", "water.npz"]
+    assert [(b.source, b.record, b.reason) for b in iter_quarantine(listed)] == [
+        ("water.npz", 7, "energy not finite"),
+        ("water.npz", 9, "force too large"),
+    ]
+    assert run_tool(convert, path, "--out", tmp_path / "allowed", *words, "--max-bad-share", "0.1") == 0
+    assert (tmp_path / "allowed" / "quarantine.jsonl").read_bytes() == listed.read_bytes()
+    assert "2 of 30 (6.67%): 1 for energy not finite" in capsys.readouterr().out
     assert run_tool(convert, path, "--out", tmp_path / "set", *words, "--drop-faulty") == 0
     assert run_tool(convert, path, "--out", tmp_path / "recognised", "--drop-faulty") == 0, "nan tells no unit"
     assert load_manifest(tmp_path / "set").provenance["dropped"] == {"energy not finite": 1, "force too large": 1}
     assert "dropped: {'energy not finite': 1, 'force too large': 1}" in capsys.readouterr().out
+    assert run_tool(convert, write_npz(tmp_path / "good.npz", make_water(30)), "--out", tmp_path / "good") == 0
+    assert not (tmp_path / "good" / "quarantine.jsonl").exists()
 
 
 @pytest.mark.parametrize(
@@ -384,7 +269,6 @@ def test_faulty_structures_are_refused_or_dropped_and_counted(tmp_path: Path, ma
         (b"3\nnonsense\nO 0 0\n", "a.xyz", r"a.xyz must be readable by ASE; got"),
         (b"", "a.extxyz", r"a.extxyz must (be readable by ASE|hold structures); got"),
         (b"?", "a.unknown", r"a.unknown must be readable by ASE; got UnknownFileTypeError"),
-        (b"2\nenergy=-1.0\nH 0 0 0\nH 0 0 0.7\n2\nx=1\nH 0 0 0\nH 0 0 0.8\n", "a.xyz", "xyz:1 must have `energy` like the others"),
         (b"2\nlabel=-1.0\nH 0 0 0\nH 0 0 0.7\n", "a.xyz", r"a.xyz must have labels \(energy, forces\); got none"),
         (b"2\nenergy=-1.0 REF_energy=-2.0\nH 0 0 0\nH 0 0 0.7\n", "a.xyz", "one key for energy; got energy and REF_energy"),
     ],
@@ -393,6 +277,14 @@ def test_files_that_cannot_be_read(tmp_path: Path, run_tool, content: bytes, nam
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message):
         run_tool(convert, tmp_path / name, "--out", tmp_path / "set")
+
+
+def test_frames_without_labels_are_left_out_and_counted(tmp_path: Path, run_tool, capsys) -> None:
+    frames = [f"2\nenergy={-31.7 - z}\nH 0 0 0\nH 0 0 {0.7 + z}\n" for z in (0.0, 0.1, 0.2)]
+    (tmp_path / "a.xyz").write_text("".join([*frames, "2\nx=1\nH 0 0 0\nH 0 0 0.8\n"]))
+    assert run_tool(convert, tmp_path / "a.xyz", "--out", tmp_path / "set", "--split", "3,0,0") == 0
+    assert load_manifest(tmp_path / "set").provenance["dropped"] == {"no energy and no forces": 1}
+    assert not (tmp_path / "set" / "quarantine.jsonl").exists(), "a structure without labels is no bad one"
 
 
 def test_an_xyz_without_structures_is_refused(tmp_path: Path, run_tool) -> None:
@@ -405,6 +297,58 @@ def test_pickled_arrays_are_refused(tmp_path: Path, run_tool) -> None:
     np.savez(tmp_path / "a.npz", z=np.array([8, 1, 1]), R=np.array([{"a": 1}], dtype=object))
     with pytest.raises(DataError, match=r"a.npz must be a readable npz archive; got Object arrays cannot be loaded"):
         run_tool(convert, tmp_path / "a.npz", "--out", tmp_path / "set")
+
+
+def make_molecules(num: int) -> list[Graph]:
+    """Make chains of helium atoms with energies that baselines explain up to 10 meV/atom."""
+    generator = np.random.default_rng(3)
+    graphs = []
+    for _ in range(num):
+        size = int(generator.integers(1, 6))
+        positions = np.cumsum(generator.uniform(0.3, 0.4, (size, 3)), axis=0)
+        energy = -79.0 * size + 0.01 * size * float(generator.standard_normal())
+        forces = 0.1 * generator.standard_normal((size, 3))
+        graphs.append(Graph(atomic_numbers=np.full(size, 2), positions=positions, energy=energy, forces=forces))
+    return graphs
+
+
+def test_energies_far_off_the_baselines_go_to_quarantine(tmp_path: Path, run_tool) -> None:
+    graphs = make_molecules(400)
+    sizes = [g.num_atoms for g in graphs]
+    large, small, single = sizes.index(5), sizes.index(4), sizes.index(1)
+    graphs[large].energy += 25.0
+    graphs[small].energy += 3.0  # 0.75 eV/atom, 75 deviations: strange, but not impossible
+    graphs[single].energy += 8.0  # free atoms are not bound
+    path = write_xyz(tmp_path / "he.xyz", graphs)
+    assert run_tool(convert, path, "--out", tmp_path / "set", "--chunk-size", "50") == 0
+    assert load_manifest(tmp_path / "set").provenance["dropped"] == {"energy off the baselines": 1}
+    (bad,) = iter_quarantine(tmp_path / "set" / "quarantine.jsonl")
+    assert (bad.source, bad.record, bad.num_atoms) == ("he.xyz", large, 5)
+    assert bad.rule == "have an energy within 1 eV/atom of the usual"
+    assert bad.got.startswith("5.01 eV/atom off, 6")
+    assert run_tool(convert, path, "--out", tmp_path / "all", "--max-energy-mads", "inf") == 0
+    assert load_manifest(tmp_path / "all").provenance["dropped"] == {}
+    with pytest.raises(
+        DataError, match=r"he.xyz must have at most 0.00% bad .*; got 1 of 400 .*: 1 for energy off the baselines"
+    ):
+        run_tool(convert, path, "--out", tmp_path / "none", "--max-bad-share", "0")
+    assert sum(1 for _ in iter_quarantine(tmp_path / "none.quarantine.jsonl")) == 1
+    assert not (tmp_path / "none").exists()
+
+
+def test_several_files_are_one_input(tmp_path: Path, make_water, run_tool) -> None:
+    first, second = make_water(20), make_water(15, seed=1)
+    second[4].forces = 1e5 * second[4].forces
+    (tmp_path / "in").mkdir()
+    paths = [write_xyz(tmp_path / "in" / n, g) for n, g in (("a.xyz", first), ("b.xyz", second))]
+    for name, inputs in (("files", paths), ("folder", [tmp_path / "in"])):
+        words = ["--out", tmp_path / name, "--name", "water", "--max-bad-share", "0.1"]
+        assert run_tool(convert, *inputs, *words) == 0
+        (bad,) = iter_quarantine(tmp_path / name / "quarantine.jsonl")
+        assert (bad.source, bad.record) == ("b.xyz", 4)
+    manifests = [(tmp_path / name / "manifest.json").read_bytes() for name in ("files", "folder")]
+    assert manifests[0] == manifests[1]
+    assert [s["file"] for s in load_manifest(tmp_path / "files").provenance["sources"]] == ["a.xyz", "b.xyz"]
 
 
 def test_missing_input_and_existing_output(tmp_path: Path, make_water, run_tool) -> None:
@@ -447,13 +391,37 @@ def test_3bpa(data_dir: Path, tmp_path: Path, run_tool, capsys) -> None:
     assert (report.errors, report.warnings) == ([], [])
 
 
-def test_single_atoms_in_an_xyz_are_in_angstrom_by_convention(tmp_path: Path, run_tool, capsys) -> None:
-    (tmp_path / "he.xyz").write_text("".join(f"1\nenergy={-79 - i}\nHe 0 0 {i}\n" for i in range(3)))
-    assert run_tool(convert, tmp_path / "he.xyz", "--out", tmp_path / "set", "--split", "3,0,0") == 0
-    assert "length unit: Angstrom (ASE's convention)" in capsys.readouterr().out
-
-
 def test_stress_may_be_nine_numbers(tmp_path: Path) -> None:
     lattice = 'Lattice="4 0 0 0 4 0 0 0 4" Properties=species:S:1:pos:R:3'
     (tmp_path / "a.xyz").write_text(f'1\n{lattice} energy=-1 REF_stress="1 2 3 2 5 6 3 6 9"\nHe 0 0 0\n')
     assert read_structures(tmp_path / "a.xyz", {}).graphs[0].stress.tolist() == [[1, 2, 3], [2, 5, 6], [3, 6, 9]]
+
+
+def test_labels_that_only_some_structures_have_are_converted(tmp_path: Path, make_water, run_tool, capsys) -> None:
+    h5py = pytest.importorskip("h5py")
+    graphs = make_water(60)
+    hartree = ENERGY_UNITS["Hartree"]
+    energies = np.array([g.energy for g in graphs]) / hartree
+    forces = np.stack([g.forces for g in graphs]) / hartree
+    energies[:6], forces[3:20] = np.nan, np.nan
+    with h5py.File(tmp_path / "ani1x.h5", "w") as file:
+        group = file.create_group("H2O")
+        group["atomic_numbers"], group["coordinates"] = (
+            graphs[0].atomic_numbers,
+            np.stack([g.positions for g in graphs]),
+        )
+        group["wb97x_dz.energy"], group["wb97x_dz.forces"] = energies, forces
+    words = ["--out", tmp_path / "set", "--split", "40,10,7", "--workers", "2", "--chunk-size", "25"]
+    assert run_tool(convert, tmp_path / "ani1x.h5", *words) == 0
+    assert "energy unit: Hartree (ANI-1x's documentation)" in capsys.readouterr().out
+    manifest = load_manifest(tmp_path / "set")
+    assert manifest.labels == ("energy", "forces")
+    counts = {label: sum(manifest.label_counts[s][label] for s in SPLITS) for label in manifest.labels}
+    assert counts == {"energy": 54, "forces": 43}
+    assert manifest.provenance["dropped"] == {"no energy and no forces": 3}
+    found = {g.positions.tobytes(): g for g in load_all(tmp_path / "set")}
+    for number, graph in enumerate(graphs):
+        if not 3 <= number < 6:
+            stored = found[graph.positions.astype(np.float32).tobytes()]
+            assert (stored.energy is None, stored.forces is None) == (number < 6, 3 <= number < 20)
+            assert stored.energy is None or stored.energy == pytest.approx(graph.energy)

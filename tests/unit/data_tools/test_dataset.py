@@ -1,14 +1,18 @@
 """Writing a data set: split and order by hash, same bytes for the same input, nothing half-written or overwritten."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from data_tools import dataset
-from data_tools.dataset import Split, describe_source, find_split, iter_graphs, write_dataset
-from so3krates_dist.data.shards import SPLITS, load_manifest
+from data_tools import runs
+from data_tools.dataset import Split, describe_source, find_split, write_dataset
+from data_tools.split import SplitCounter
+from data_tools.workplace import make_workplace
+from so3krates_dist.data import shards
+from so3krates_dist.data.shards import SPLITS, iter_graphs, load_manifest
 from so3krates_dist.errors import DataError
 
 
@@ -20,6 +24,13 @@ def write(folder: Path, graphs, *, split: str = "0.6,0.2,0.2", seed: int = 0, **
 def collect(folder: Path) -> dict[str, list[bytes]]:
     manifest = load_manifest(folder)
     return {s: [g.positions.tobytes() for g in iter_graphs(folder, manifest, s)] for s in SPLITS}
+
+
+def assert_same_folders(first: Path, second: Path) -> None:
+    names = sorted(p.name for p in first.iterdir())
+    assert names == sorted(p.name for p in second.iterdir())
+    for name in names:
+        assert (first / name).read_bytes() == (second / name).read_bytes(), name
 
 
 def test_every_conformer_is_in_one_split_with_its_labels(tmp_path: Path, make_water) -> None:
@@ -115,16 +126,16 @@ def test_an_existing_folder_is_refused_and_left_alone(tmp_path: Path, make_water
 
 
 def test_a_failure_leaves_nothing_behind(tmp_path: Path, make_water, monkeypatch) -> None:
-    """The disk gives back other bytes than were written (a monkeypatched reader stands for the broken disk)."""
-    honest = dataset.iter_graphs
+    """Other energies reach the disk than were meant to (an encoder with a mistake)."""
+    honest = shards.encode_block
 
-    def broken(*arguments):
-        for graph in honest(*arguments):
-            graph.energy = 0.0
-            yield graph
+    def broken(graphs):
+        return honest([dataclasses.replace(g, energy=0.0) for g in graphs])
 
-    monkeypatch.setattr(dataset, "iter_graphs", broken)
-    with pytest.raises(DataError, match="train:0 must be read back as it was written; got something else"):
+    monkeypatch.setattr(shards, "encode_block", broken)
+    with pytest.raises(
+        DataError, match=r"train-000000.tar:train-000000-000000 must be read back as it was written; got something else"
+    ):
         write(tmp_path / "set", make_water(20))
     assert list(tmp_path.iterdir()) == []
 
@@ -153,7 +164,7 @@ def test_a_hidden_folder_of_somebody_else_is_left_alone(tmp_path: Path, make_wat
 
 
 def test_two_processes_do_not_write_the_same_data_set(tmp_path: Path, make_water) -> None:
-    with dataset._temporary_folder(tmp_path / "set") as first:
+    with make_workplace(tmp_path / "set") as (first, _):
         (first / "a").touch()
         with pytest.raises(DataError, match=r"set must be written by one process at a time; got another one. Wait for"):
             write(tmp_path / "set", make_water(20))
@@ -190,23 +201,73 @@ def test_impossible_splits_are_refused(tmp_path: Path, make_water, request_text:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_labels_must_be_even_and_there(tmp_path: Path, make_water) -> None:
+def test_labels_must_be_there(tmp_path: Path, make_water) -> None:
     graphs = make_water(5)
-    graphs[2].forces = None
-    message = "label `forces` must be there for all structures or for none; got 1 of 5 without it, e.g. one of water"
-    with pytest.raises(DataError, match=message):
-        write(tmp_path / "set", graphs)
     for graph in graphs:
-        graph.forces = graph.energy = None
+        graph.forces, graph.dipole, graph.energy = None, np.zeros(3), None
     with pytest.raises(DataError, match=r"data set must have energies or forces; got neither"):
         write(tmp_path / "set", graphs)
     with pytest.raises(DataError, match=r"data set must hold structures; got none"):
         write(tmp_path / "set", [])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_labels_may_be_missing(tmp_path: Path, make_water) -> None:
+    graphs = make_water(60)
+    for number, graph in enumerate(graphs):
+        graph.group = str(number)
+        graph.forces = None if number % 3 == 0 else graph.forces
+        graph.energy = None if number % 5 == 1 else graph.energy
+        graph.dipole = np.full(3, float(number)) if number % 7 == 2 else None
+        if number % 11 == 3:
+            graph.cell, graph.pbc = 9.0 * np.eye(3), np.array([True, True, False])
+    manifest = write(tmp_path / "set", graphs)
+    assert manifest.labels == ("energy", "forces", "dipole")
+    counted = {label: sum(manifest.label_counts[s][label] for s in SPLITS) for label in manifest.labels}
+    assert counted == {"energy": 48, "forces": 40, "dipole": 9}
+    for found in (g for s in SPLITS for g in iter_graphs(tmp_path / "set", manifest, s)):
+        wanted = graphs[int(found.group)]
+        assert found.energy == wanted.energy
+        for name in ("forces", "dipole", "cell", "pbc"):
+            expected, value = getattr(wanted, name), getattr(found, name)
+            assert (expected is None) == (value is None)
+            if expected is not None:
+                np.testing.assert_array_equal(value, expected.astype(value.dtype))
+
+
+@pytest.mark.parametrize("split", ["0.5,0.25,0.25", "31,7,11"])
+def test_neither_the_runs_nor_the_ranges_show_in_the_result(tmp_path: Path, make_water, monkeypatch, split) -> None:
+    graphs = make_water(70) + make_water(70, seed=0)[:9] + make_water(30, seed=1, group="other")
+    graphs[3].energy += 1.0  # the same geometry as one of the second set, another label
+    write(tmp_path / "once", graphs, split=split)
+    for number, (size, num_bytes) in enumerate([(1000, 3000), (16, 2**30), (7, 2000), (1, 900)]):
+        monkeypatch.setattr("data_tools.dataset.RUN_CONFORMERS", size)
+        monkeypatch.setattr(runs, "RANGE_BYTES", num_bytes)
+        write(tmp_path / str(number), graphs, split=split)
+        assert_same_folders(tmp_path / str(number), tmp_path / "once")
+    monkeypatch.setattr("data_tools.dataset._RUN_ATOMS", 20)
+    write(tmp_path / "atoms", graphs, split=split)
+    assert_same_folders(tmp_path / "atoms", tmp_path / "once")
+    dropped = load_manifest(tmp_path / "once").provenance["dropped"]
+    assert dropped["exact duplicate"] == 8
 
 
 def test_split_bounds() -> None:
-    assert Split.parse("0.5,0.25,0.25").find_bounds([]) == (2**63, 2**63 + 2**62, 2**64)
-    assert Split.parse("2,1,0").find_bounds([5, 7, 9, 11]) == (9, 11, 11)
+    half = SplitCounter(Split.parse("0.5,0.25,0.25"))
+    half.add(np.array([5, 2**63 - 1], np.uint64))
+    half.add(np.array([2**63, 2**64 - 1], np.uint64))
+    assert half.finish() == {"train": 2, "validation": 1, "test": 1}
+    assert (half.bounds, half.num_unused) == ([2**63, 2**63 + 2**62, 2**64], 0)
+    for pieces in ([[5, 7, 9, 11]], [[5], [7, 9], [11]]):
+        numbers = SplitCounter(Split.parse("2,1,0"))
+        for piece in pieces:
+            numbers.add(np.array(piece, np.uint64))
+        assert numbers.finish() == {"train": 2, "validation": 1, "test": 0}
+        assert (numbers.bounds, numbers.num_unused) == ([9, 11, 11], 1)
+    together = SplitCounter(Split.parse("2,2,0"))
+    together.add(np.array([5], np.uint64))
+    together.add(np.array([7, 7, 7], np.uint64))
+    assert together.finish() == {"train": 1, "validation": 3, "test": 0}, "equal hashes stay together"
     assert [find_split(v, (9, 11, 11)) for v in (5, 9, 11)] == ["train", "validation", None]
 
 
@@ -214,19 +275,3 @@ def test_sources_are_named_without_their_folders(tmp_path: Path) -> None:
     (tmp_path / "a.xyz").write_text("x")
     digest = "2d711642b726b04401627ca9fbac32f5c8530fb1903cc4db02258717921a4881"
     assert describe_source(tmp_path / "a.xyz") == {"file": "a.xyz", "sha256": digest}
-
-
-def test_blocks_that_do_not_fit_their_entry_are_refused(tmp_path: Path, make_water) -> None:
-    import dataclasses
-
-    from so3krates_dist.data.shards import BlockReader
-
-    manifest = write(tmp_path / "set", make_water(20))
-    shard = manifest.shards[0]
-    reader = BlockReader(tmp_path / "set")
-    block = reader.read(shard, shard.blocks[0])
-    reader.close()
-    with pytest.raises(
-        DataError, match=r"here must hold 99 conformers with 3 atoms as the manifest says; got 1 with 3"
-    ):
-        dataset.check_block_counts(block, dataclasses.replace(shard.blocks[0], num_conformers=99), "here")

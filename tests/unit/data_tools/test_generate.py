@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from data_tools import generate, molecules, sampling, xtb
+from data_tools.processes import start_pool
 from data_tools.sampling import Molecule, Sample, SamplingError, Task, run_task
 from data_tools.validate import validate
 from data_tools.xtb import Labeller, Labels, XtbError, compute_isolated_atoms
@@ -306,7 +307,7 @@ def test_failures_and_structures_gone_astray_are_counted_by_name_and_never_writt
 def test_worker_processes_have_one_thread_and_the_environment_is_restored(monkeypatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     monkeypatch.delenv("MKL_NUM_THREADS", raising=False)
-    with generate._one_thread_each(), generate._start_pool(1, 1) as pool:
+    with start_pool(1, 1) as pool:
         assert pool.submit(os.getenv, "OMP_NUM_THREADS").result() == "1"
     assert os.environ["OMP_NUM_THREADS"] == "7"
     assert "MKL_NUM_THREADS" not in os.environ

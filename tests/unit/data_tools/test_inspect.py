@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_tools import inspect
+from data_tools import inspect, quarantine
 from data_tools.dataset import write_dataset
 from so3krates_dist.errors import DataError
 
@@ -56,6 +56,37 @@ def test_the_picture_is_a_png(tmp_path: Path, make_water, run_tool, capsys) -> N
     assert run_tool(inspect, folder, "--picture", tmp_path / "a.png") == 0
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     assert "picture: " in capsys.readouterr().out
+
+
+def test_reports_of_all_or_of_some_conformers_are_written(tmp_path: Path, make_water, run_tool, capsys) -> None:
+    folder = write(tmp_path / "set", make_water(60), split="40,10,10")
+    assert run_tool(inspect, folder, "--report", tmp_path / "a.html", "--max-conformers", 10) == 0
+    assert run_tool(inspect, folder, "--report", tmp_path / "b.html", "--max-conformers", 10, "--all") == 0
+    out = capsys.readouterr().out
+    assert f"report of 9 of 60 conformers: {tmp_path / 'a.html'}" in out
+    assert f"report of 60 of 60 conformers: {tmp_path / 'b.html'}" in out
+    assert (tmp_path / "a.html").read_text().startswith("<!DOCTYPE html>")
+    with pytest.raises(DataError, match=r"--max-conformers must be at least 1; got 0\. Give one like 20000"):
+        run_tool(inspect, folder, "--max-conformers", 0)
+    with pytest.raises(DataError, match=r"--report must end in .html or .png; got 'a.txt'"):
+        run_tool(inspect, folder, "--report", "a.txt")
+
+
+def test_labels_that_some_lack_quarantine_and_many_groups_are_told(
+    tmp_path: Path, make_water, run_tool, capsys
+) -> None:
+    graphs = [dataclasses.replace(g, group=f"g{i:02d}") for i, g in enumerate(make_water(60))]
+    graphs[0].dipole = np.zeros(3)
+    folder = write(tmp_path / "set", graphs, split="40,10,10")
+    bad = quarantine.BadStructure(source="a.xyz", record=7, reason="force too large", rule="have less", got="9")
+    quarantine.write_quarantine(folder / quarantine.QUARANTINE_NAME, [bad, bad])
+    assert run_tool(inspect, folder) == 0
+    out = capsys.readouterr().out
+    assert "labels: energy, forces, dipole (1 of 60); made by test" in out
+    assert f"in quarantine: 2 (2 for force too large), see {folder / quarantine.QUARANTINE_NAME}" in out
+    assert "  and 20 more groups" in out
+    assert "g39" in out
+    assert "g40" not in out
 
 
 def test_bad_folders_and_pictures_are_refused(tmp_path: Path, make_water, run_tool) -> None:

@@ -14,6 +14,7 @@ from so3krates_dist.errors import CheckpointError
 from so3krates_dist.train import checkpoint
 from so3krates_dist.train.checkpoint import (
     FORMAT,
+    IN_PLAN,
     MAY_CHANGE,
     RunFolder,
     TrainingState,
@@ -185,7 +186,8 @@ class TestRunFolder:
         for key in sorted(MAY_CHANGE):
             section, _, name = key.partition(".")
             value = getattr(getattr(make_config("data", tmp_path), section), name)
-            self.make(tmp_path, f"{key}={OTHER_VALUES.get(key, self.change(value))}").check(self.FINGERPRINT)
+            others = ALSO.get(key, ())
+            self.make(tmp_path, f"{key}={OTHER_VALUES.get(key, self.change(value))}", *others).check(self.FINGERPRINT)
 
     def test_what_must_not(self, tmp_path: Path) -> None:
         """All keys that are not listed as harmless: a key that is added must be put on one of the two sides."""
@@ -195,7 +197,7 @@ class TestRunFolder:
         for section, values in plain.items():
             for name, value in values.items():
                 key = f"{section}.{name}"
-                if key in MAY_CHANGE or key == "model.name":
+                if key in MAY_CHANGE | IN_PLAN or key == "model.name":
                     continue
                 config = self.replace(
                     make_config("data", tmp_path), section, name, OTHER_VALUES.get(key, self.change(value))
@@ -203,7 +205,8 @@ class TestRunFolder:
                 with pytest.raises(CheckpointError, match=f"belong to this run, where {key} is "):
                     RunFolder(config).check(self.FINGERPRINT)
                 refused.append(key)
-        assert {"run.seed", "data.lanes", "train.num_steps", "train.ema_decay", "model.cutoff"} <= set(refused)
+        assert {"run.seed", "train.num_steps", "train.ema_decay", "model.cutoff"} <= set(refused)
+        assert not [key for key in refused if key.startswith("data.")], "the plan says which data a run has"
 
     @staticmethod
     def change(value: object) -> object:
@@ -229,7 +232,18 @@ class TestRunFolder:
 
     def test_the_keys_that_may_change_exist(self) -> None:
         plain = to_plain(load_config([]))
-        assert {k for k in MAY_CHANGE if k.partition(".")[2] not in plain[k.partition(".")[0]]} == set()
+        assert {k for k in MAY_CHANGE | IN_PLAN if k.partition(".")[2] not in plain[k.partition(".")[0]]} == set()
+
+    def test_data_sets_are_named_from_anywhere(self, tmp_path: Path) -> None:
+        """Folders may be relative, addresses stay what they are."""
+        RunFolder(make_config("''", tmp_path, "data.folders=[near,s3://far/away]")).sign(self.FINGERPRINT, "1.2.3")
+        stored = read_config(tmp_path / "config.yaml").data
+        assert (stored.folder, stored.folders) == ("", (str(Path("near").absolute()), "s3://far/away"))
+
+    def test_other_data_are_a_matter_of_the_plan_where_there_is_one(self, tmp_path: Path) -> None:
+        self.sign(tmp_path)
+        (tmp_path / "plan.json").touch()
+        self.make(tmp_path).check("fff")
 
     def test_other_data(self, tmp_path: Path) -> None:
         self.sign(tmp_path)
@@ -276,7 +290,14 @@ class TestRunFolder:
             self.make(tmp_path / "file" / "run").acquire()
 
 
+ALSO = {
+    "data.on_damage": ("data.max_skipped=5",),
+    "data.max_skipped": ("data.on_damage=skip",),
+}
+"""Settings that go with another value"""
+
 OTHER_VALUES: dict[str, object] = {
+    "data.on_damage": "skip", "data.oversized": "alone",
     "train.zero_stage": 2, "train.micro_batches": 2, "data.verify": "size", "train.device": "auto", "metrics.wandb": "auto",
     "model.degrees": (1, 2, 3), "train.keep_checkpoints": 5,
 }  # fmt: skip

@@ -55,9 +55,13 @@ class TestDeepspeedConfig:
         assert not {"fp16", "bf16", "amp", "optimizer", "scheduler"} & set(config)
 
     def test_sections_arrive(self) -> None:
-        config = build_deepspeed_config(TrainSection(zero_stage=2, micro_batches=4), 10)
+        config = build_deepspeed_config(TrainSection(zero_stage=2), 10)
         assert config["zero_optimization"]["stage"] == 2
-        assert config["gradient_accumulation_steps"] == 4
+
+    def test_deepspeed_divides_nothing_by_the_number_of_passes(self) -> None:
+        """Which varies from step to step; the loss has been divided by what the whole step has."""
+        config = build_deepspeed_config(TrainSection(micro_batches=4), 10)
+        assert config["gradient_accumulation_steps"] == 1
 
     def test_deepspeed_takes_it_as_it_is_meant(self, processes: None) -> None:
         for stage in (0, 1, 2):
@@ -65,7 +69,7 @@ class TestDeepspeedConfig:
             inner: Any = engine._engine
             assert inner.zero_optimization_stage() == stage
             assert inner.gradient_clipping() == 0.0
-            assert inner.gradient_accumulation_steps() == 2
+            assert inner.gradient_accumulation_steps() == 1
             assert not inner.fp16_enabled()
             assert not inner.bfloat16_enabled()
 
@@ -98,7 +102,7 @@ class TestState:
         before = {k: v.clone() for k, v in state.items()}
         batch = collate([build_neighbors(g, 4.0) for g in make_graphs(2)])
         outputs = engine.forward(batch)
-        engine.backward(outputs["forces"].square().sum())
+        engine.backward(outputs["forces"].square().sum(), is_last=True)
         assert engine.step(1e-2).applied
         assert {k for k, v in engine.gather_state().items() if not torch.equal(v, before[k])} >= {"optimizer_steps"}
         assert all(torch.equal(v, before[k]) for k, v in state.items())
@@ -129,15 +133,40 @@ def test_recomputing_attention_is_switched_where_it_is_asked_for(processes: None
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
-def test_gradients_that_were_discarded_leave_no_trace(processes: None, stage: int) -> None:
+@pytest.mark.parametrize("is_last", [False, True])
+def test_gradients_that_were_discarded_leave_no_trace(processes: None, stage: int, is_last: bool) -> None:
+    """Also where more passes of the step would have followed: stage 2 has put them away by then."""
     batch = collate([build_neighbors(g, 4.0) for g in make_graphs(2)])
     states = []
     for spoil in (False, True):
         engine = build_engine(f"train.zero_stage={stage}")
         if spoil:
-            engine.backward(engine.forward(batch)["energy"].sum())
+            engine.backward(engine.forward(batch)["energy"].sum(), is_last=is_last)
             engine.discard()
-        engine.backward(engine.forward(batch)["forces"].square().sum())
+        engine.backward(engine.forward(batch)["forces"].square().sum(), is_last=True)
         engine.step(1e-2)
         states.append(engine.gather_state())
     assert all(torch.equal(v, states[1][k]) for k, v in states[0].items())
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_a_step_without_a_last_pass_is_a_mistake(processes: None, stage: int) -> None:
+    """DeepSpeed would do nothing at all, and say nothing."""
+    batch = collate([build_neighbors(g, 4.0) for g in make_graphs(2)])
+    engine = build_engine(f"train.zero_stage={stage}")
+    engine.backward(engine.forward(batch)["forces"].square().sum(), is_last=False)
+    with pytest.raises(AssertionError, match="the last pass has to say so"):
+        engine.step(1e-2)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_gradients_of_passes_add_up(processes: None, stage: int) -> None:
+    """One, two or three passes of the same conformers have the same gradient; steps of each follow each other."""
+    graphs = [build_neighbors(g, 4.0) for g in make_graphs(6)]
+    engine, norms = build_engine(f"train.zero_stage={stage}", "train.gradient_clipping=0"), []
+    for passes in (1, 3, 2, 1):
+        batches = [collate(graphs[i::passes]) for i in range(passes)]
+        for number, batch in enumerate(batches, 1):
+            engine.backward(engine.forward(batch)["forces"].square().sum(), is_last=number == passes)
+        norms.append(engine.step(0.0).gradient_norm)
+    assert norms == pytest.approx([norms[0]] * 4, rel=1e-5)

@@ -120,6 +120,22 @@ def test_a_run_that_has_only_begun_is_described(run_folder):
     assert rows["checkpoints"] == "step_00000020"
 
 
+def test_the_plan_of_a_run_is_described(run_folder):
+    segments = [
+        {"first_step": step, "fields": {"sources": sources, "weights": weights, "lanes": 8}}
+        for step, sources, weights in ((0, ["a"], [1.0]), (340, ["a", "b"], [0.625, 0.375]))
+    ]
+    content = {"segments": segments, "cost": None, "limits": {"max_atoms": 900, "max_pairs": 20000}}
+    (run_folder / "plan.json").write_text(json.dumps(content))
+    rows = dict(info.describe_run(run_folder))
+    assert rows["plan from step 0"] == "100 % a; 8 lanes"
+    assert rows["plan from step 340"] == "62.5 % a, 37.5 % b; 8 lanes"
+    assert rows["measured limits"] == "max_atoms 900, max_pairs 2e+04"
+    (run_folder / "plan.json").write_text('{"segments": [3]}')
+    with pytest.raises(CheckpointError, match=r"plan\.json must be a plan; got TypeError: .*\. Restore the file"):
+        info.describe_run(run_folder)
+
+
 @pytest.mark.parametrize("model", config.MODEL_SECTIONS)
 def test_the_model_of_a_run_is_described(run_folder, model):
     loaded = config.load_config([f"model.name={model}", "model.num_layers=2"])

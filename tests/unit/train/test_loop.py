@@ -11,19 +11,19 @@ import torch
 from analytic import label, make_cluster, make_morse, write_dataset
 from training_setup import make_config, make_dataset, make_graphs, make_settings, run_processes, train
 
-from so3krates_dist.config import So3lrSection, TrainSection
-from so3krates_dist.data.shards import load_manifest
-from so3krates_dist.data.stream import iter_batches
+from so3krates_dist.config import TrainSection
+from so3krates_dist.data.stream import StepData, iter_batches
 from so3krates_dist.distributed import Rank
-from so3krates_dist.errors import EXIT_DONE, ConfigError, DataError
-from so3krates_dist.graph import Graph
+from so3krates_dist.errors import EXIT_DONE, DataError
+from so3krates_dist.graph import Graph, collate
 from so3krates_dist.metrics import read_metrics
 from so3krates_dist.model.potential import ModelStatistics
 from so3krates_dist.model.registry import build_model, load_model
 from so3krates_dist.train import loop
 from so3krates_dist.train.checkpoint import TrainingState
 from so3krates_dist.train.evaluate import evaluate
-from so3krates_dist.train.loop import Training, _check_data, _count_unpaired_electrons, compute_score
+from so3krates_dist.train.inputs import open_data
+from so3krates_dist.train.loop import Training, compute_score
 
 
 def run_to_the_end(dataset: Path, run: Path, *settings: str) -> Path:
@@ -59,7 +59,10 @@ class TestWhatARunLeaves:
         }
         models = {f"{folder}{n}" for folder in ("", "last/") for n in ("model.safetensors", "config.json")}
         assert (
-            names == {".lock", "config.yaml", "run.json", "metrics.jsonl", "checkpoints/latest"} | checkpoints | models
+            names
+            == {".lock", "config.yaml", "run.json", "plan.json", "metrics.jsonl", "checkpoints/latest"}
+            | checkpoints
+            | models
         )
 
     def test_its_figures(self, run: Path) -> None:
@@ -104,7 +107,7 @@ class TestBestModel:
         training = object.__new__(Training)
         training.config, training.rank, training.best_score = make_config("data", "run"), Rank(), float("inf")
         training.path, training.device = Path("run"), torch.device("cpu")
-        training.manifest = types.SimpleNamespace(num_conformers=lambda _: 4)  # type: ignore[assignment]
+        training.mixture = types.SimpleNamespace(num_conformers=lambda _: 4)  # type: ignore[assignment]
         training.metrics = types.SimpleNamespace(log=lambda *_: None)  # type: ignore[assignment]
         potential = types.SimpleNamespace(cutoffs=(4.0, 4.0))
         training.mean = types.SimpleNamespace(potential=potential, load_state=lambda _: None)  # type: ignore[assignment]
@@ -151,17 +154,6 @@ class TestBestModel:
         training.validate(8)
         training.validate(9)
         assert saved == [8]
-
-
-def test_data_of_older_programs_are_searched_for_unpaired_electrons(tmp_path: Path) -> None:
-    graphs = make_graphs(6, 0)
-    graphs[3].num_unpaired_electrons = 2.0
-    folder = write_dataset(tmp_path / "data", {"train": graphs})
-    manifest = load_manifest(folder)
-    older = {k: v for k, v in manifest.statistics.items() if k != "num_unpaired_electrons"}
-    found = _count_unpaired_electrons(folder, dataclasses.replace(manifest, statistics=older), So3lrSection())
-    assert found.statistics == manifest.statistics
-    assert ModelStatistics.from_manifest(found.statistics, So3lrSection()).has_unpaired_electrons
 
 
 def test_training_learns(dataset: Path, tmp_path: Path) -> None:
@@ -256,10 +248,10 @@ def test_charged_crystals_are_noted_where_the_data_must_have_some(
     """The manifest counts charged and periodic structures: of two, if both are crystals, a charged one is one of them."""
     data = write_dataset(tmp_path / "data", {"train": graphs})
     config = make_config(data, tmp_path, "model.name=so3lr", "model.num_features=8", "model.num_heads=2")
-    manifest = _check_data(config, hashes=False)
-    potential = build_model(config.model, ModelStatistics.from_manifest(manifest.statistics, config.model))
+    mixture = open_data(config)
+    potential = build_model(config.model, ModelStatistics.from_manifest(mixture.statistics, config.model))
     training = types.SimpleNamespace(
-        config=config, manifest=manifest, rank=Rank(), device=torch.device("cpu"),
+        config=config, mixture=mixture, rank=Rank(), device=torch.device("cpu"),
         mean=types.SimpleNamespace(potential=potential), engine=types.SimpleNamespace(potential=potential),
         metrics=types.SimpleNamespace(message=print),
     )  # fmt: skip
@@ -267,81 +259,40 @@ def test_charged_crystals_are_noted_where_the_data_must_have_some(
     assert capsys.readouterr().out.count("note: there are charged periodic structures") == count
 
 
-class TestFirstChecks:
-    def test_no_data_set_is_named(self, tmp_path: Path) -> None:
+class TestDamage:
+    """Conformers that are left out are counted over all processes, and the budget ends all of them."""
+
+    def make(self, most: int) -> Training:
+        training = object.__new__(Training)
+        training.config = make_config("data", "run", "data.on_damage=skip", f"data.max_skipped={most}")
+        training.device, training.rank = torch.device("cpu"), Rank()
+        training.num_skipped, training.complaints = 0, set()
+        self.said: list[str] = []
+        training.metrics = types.SimpleNamespace(message=self.said.append)  # type: ignore[assignment]
+        return training
+
+    def test_each_block_is_named_once(self) -> None:
+        training = self.make(10)
+        for skipped in (2, 3):
+            data = StepData([collate([])], skipped, ("a.tar:a-000000 must have the CRC 1; got 2.",))
+            counts, stopping = training.agree(data, None, stop_pending=False)
+            assert (counts[-1], stopping) == (0.0, False)
+        assert training.num_skipped == 5
+        assert self.said == ["left out: a.tar:a-000000 must have the CRC 1; got 2."]
+        assert training.detail({"a": 0.5}) == {"skipped_conformers": 5}
+
+    def test_over_the_budget(self) -> None:
+        training = self.make(4)
+        training.agree(StepData([collate([])], 4), None, stop_pending=False)
+        training.agree(StepData([collate([])], 0), None, stop_pending=False)
         with pytest.raises(
-            ConfigError, match=r"data\.folder must name a data set; got nothing\. Set data\.folder=FOLDER"
+            DataError, match=r"conformers left out must be at most data\.max_skipped \(4\); got 5\. Repair the data"
         ):
-            _check_data(make_config("''", tmp_path), hashes=True)
+            training.agree(StepData([collate([])], 1), None, stop_pending=False)
 
-    def test_a_weight_without_labels(self, dataset: Path, tmp_path: Path) -> None:
-        config = make_config(dataset, tmp_path, "train.stress_weight=1.0")
-        with pytest.raises(
-            ConfigError, match=r"train\.stress_weight must be 0 without stress labels; got a data set with energy"
-        ):
-            _check_data(config, hashes=True)
-
-    def test_labels_that_are_not_asked_for_need_not_be_there(self, tmp_path: Path) -> None:
-        graphs = make_graphs(4)
-        for graph in graphs:
-            graph.forces = None
-        data = write_dataset(tmp_path / "data", {"train": graphs})
-        assert _check_data(make_config(data, tmp_path, "train.forces_weight=0.0"), hashes=True).labels == ("energy",)
-
-    @pytest.mark.parametrize(("key", "label"), [("dipole_weight", "dipole"), ("hirshfeld_weight", "hirshfeld_ratios")])
-    def test_a_further_weight_needs_labels_and_a_model_that_gives_it(
-        self, dataset: Path, tmp_path: Path, key: str, label: str
-    ) -> None:
-        with pytest.raises(
-            ConfigError, match=rf"train\.{key} must be 0 without {label} labels; got a data set with energy"
-        ):
-            _check_data(make_config(dataset, tmp_path, "model.name=so3lr", f"train.{key}=1.0"), hashes=False)
-        for model in ("euclidean_transformer", "so3krates", "geomatt", "geomatt_envelope"):
-            with pytest.raises(
-                ConfigError, match=rf"train\.{key} must be 0 where model\.name={model} has no output `{label}`"
-            ):
-                make_config(dataset, tmp_path, f"model.name={model}", f"train.{key}=1.0")
-
-    def test_a_box_for_a_model_of_molecules(self, tmp_path: Path) -> None:
-        data = write_dataset(tmp_path / "data", {"train": [make_periodic(s) for s in range(4)]})
-        for model, remedy in (
-            (("model.name=geomatt",), "Take a model that sees the cell"),
-            (("model.name=so3krates", "model.non_local=true"), "Take a model that sees the cell"),
-            (("model.name=so3lr", "model.long_range_cutoff=0"), "Set a long-range cutoff"),
-        ):
-            with pytest.raises(
-                DataError, match=f"training split must be a molecule for this model; got a periodic structure. {remedy}"
-            ):
-                _check_data(make_config(data, tmp_path, *model), hashes=False)
-        _check_data(make_config(data, tmp_path, "model.name=so3lr"), hashes=False)
-
-    def test_a_box_or_a_radical_that_only_the_validation_split_has(self, tmp_path: Path) -> None:
-        train = make_graphs(4)
-        data = write_dataset(tmp_path / "boxes", {"train": train, "validation": [make_periodic(1)]})
-        with pytest.raises(DataError, match="validation split must be a molecule for this model"):
-            _check_data(make_config(data, tmp_path, "model.name=geomatt"), hashes=False)
-        radical = dataclasses.replace(train[0], num_unpaired_electrons=2.0)
-        data = write_dataset(tmp_path / "radicals", {"train": train, "validation": [radical]})
-        with pytest.raises(DataError, match=r"validation split must have no unpaired electrons: .* was never trained"):
-            _check_data(make_config(data, tmp_path, "model.name=so3lr"), hashes=False)
-        _check_data(make_config(data, tmp_path), hashes=False)  # this one does not see them
-        data = write_dataset(tmp_path / "both", {"train": [*train, radical], "validation": [radical]})
-        _check_data(make_config(data, tmp_path, "model.name=so3lr"), hashes=False)
-
-    def test_an_element_that_only_the_validation_split_has(self, tmp_path: Path) -> None:
-        graphs = make_graphs(4)
-        strange = dataclasses.replace(graphs[0], atomic_numbers=np.full(graphs[0].num_atoms, 79))
-        data = write_dataset(tmp_path / "data", {"train": graphs, "validation": [strange]})
-        with pytest.raises(
-            DataError, match=r"validation split must have only elements the model was trained on .*; got Au\."
-        ):
-            _check_data(make_config(data, tmp_path), hashes=False)
-
-    def test_hashes_are_compared_where_that_is_asked_for(self, tmp_path: Path) -> None:
-        from interruptions import flip_byte
-
-        data = make_dataset(tmp_path / "data", num_train=4)
-        flip_byte(data / "train-000000.tar", 3000)
-        _check_data(make_config(data, tmp_path), hashes=False)
-        with pytest.raises(DataError, match=r"train-000000\.tar must have the sha256"):
-            _check_data(make_config(data, tmp_path), hashes=True)
+    def test_other_processes_say_it_for_themselves(self, capsys: pytest.CaptureFixture[str]) -> None:
+        training = self.make(4)
+        training.rank = Rank(rank=1, local_rank=1, world_size=2, local_world_size=2)
+        training.complain(("a.tar is damaged",) * 2)
+        assert capsys.readouterr().err == "rank 1: left out: a.tar is damaged\n"
+        assert self.said == []

@@ -2,18 +2,24 @@
 
 import dataclasses
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from analytic import make_morse
+from analytic import make_morse, write_dataset
 from ase.data import atomic_masses
-from training_setup import make_graphs
+from training_setup import make_config, make_graphs
 
 from so3krates_dist.config import TrainSection
+from so3krates_dist.data.index import FLAGS
+from so3krates_dist.data.mixture import Mixture
 from so3krates_dist.data.neighbors import build_neighbors
+from so3krates_dist.data.passes import Limits
+from so3krates_dist.data.stream import TrainingStream
 from so3krates_dist.graph import ATOMIC_MASSES, Graph, GraphBatch, collate
 from so3krates_dist.train.losses import compute_loss, count_labels, shift_dipoles
+from so3krates_dist.train.planning import build_schedule
 
 SECTION = TrainSection(energy_weight=0.7, forces_weight=1.3)
 SCALE = 1.7
@@ -146,6 +152,34 @@ class TestNothing:
             loss.backward()
             assert (outputs["energy"].grad is None) == (energy == 0.0)
             assert (outputs["forces"].grad is None) == (forces == 0.0)
+
+
+@pytest.mark.parametrize("limits", [Limits(), Limits(max_atoms=10)], ids=["one pass", "many passes"])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_counts_of_a_step_are_those_that_were_planned(tmp_path: Path, world_size: int, limits: Limits) -> None:
+    """What divides the sums is known from the plan and the index before anything is read: labels of the whole global batch."""
+    graphs = make_graphs(30)
+    graphs[4:9] = [dataclasses.replace(g, forces=None) for g in graphs[4:9]]
+    graphs[7:20] = [dataclasses.replace(g, energy=None) for g in graphs[7:20]]
+    data = write_dataset(tmp_path / "data", {"train": graphs})
+    config = make_config(data, "run", "data.batch_size=8")
+    mixture = Mixture.open(config.data, config.model)
+    schedule, _ = build_schedule(config, mixture, None, 0)
+    streams = [TrainingStream(schedule, config, rank, world_size, limits) for rank in range(world_size)]
+    plan, index = schedule.segments[0][1], mixture.sources[0].data.index
+    for step in range(plan.steps_per_window):
+        window = plan.window(0)
+        rows = window.rows_of_lanes(range(window.num_lanes), step)
+        samples = index.block_first[window.block[rows]] + window.index[rows]
+        flags, atoms = index.sample_flags[samples], index.sample_atoms[samples].astype(int)
+        planned = [
+            float(((flags & FLAGS["energy"]) > 0).sum()),
+            3.0 * float(atoms[(flags & FLAGS["forces"]) > 0].sum()),
+        ]
+        batches = [batch for stream in streams for batch in stream[step].batches]
+        counts = np.sum([count_labels(batch) for batch in batches], axis=0)
+        assert counts[:2].tolist() == planned
+        assert sum(batch.num_graphs for batch in batches) == len(rows)
 
 
 def test_stress_is_compared_in_its_own_unit() -> None:

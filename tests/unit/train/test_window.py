@@ -75,3 +75,12 @@ def test_skipped_steps_do_not_spoil_the_means(clock: Clock) -> None:
     assert (figures["loss"], figures["gradient_norm"], figures["skipped_steps"]) == (2.0, 4.0, 1.0)
     window.add(STEP | {"loss": math.nan, "applied": 0.0})
     assert math.isnan(window.summarize(epoch=0.0)["loss"]), "nothing was learned: no figure"
+
+
+def test_a_step_without_some_label_does_not_count_for_it() -> None:
+    window = StepWindow()
+    for energy in (0.2, math.nan, 0.4):
+        window.add(STEP | {"energy_mae_per_atom": energy})
+    assert window.summarize(epoch=1.0)["energy_mae_per_atom"] == pytest.approx(0.3)
+    window.add(STEP | {"energy_mae_per_atom": math.nan})
+    assert math.isnan(window.summarize(epoch=1.0)["energy_mae_per_atom"])
