@@ -26,7 +26,9 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import Any, Final, Protocol
 
 import numpy as np
@@ -130,11 +132,15 @@ class Window:
             return np.zeros(0, np.int64)
         return np.concatenate([np.arange(*self.rows(lane, slot).indices(len(self.block))) for lane in lanes])
 
+    def span_lanes(self, lanes: range) -> slice:
+        """Return where the conformers of some neighbouring lanes are, those of all steps together."""
+        if not len(lanes):  # a process more than there were lanes before they were changed
+            return slice(0, 0)
+        return slice(int(self.offsets[lanes.start, 0]), int(self.offsets[lanes.stop - 1, -1]))
+
     def blocks_of_lanes(self, lanes: range) -> IntArray:
         """Return (num_blocks, 2) the different sources and blocks that some neighbouring lanes need."""
-        if not len(lanes):
-            return np.zeros((0, 2), np.int64)
-        own = slice(int(self.offsets[lanes.start, 0]), int(self.offsets[lanes.stop - 1, -1]))
+        own = self.span_lanes(lanes)
         return np.unique(np.stack([self.source[own], self.block[own]], axis=1).astype(np.int64), axis=0)
 
     def loads(self) -> IntArray:
@@ -178,10 +184,11 @@ class Plan:
         self._num_blocks = [len(s.block_sizes) for s in sources]
         # A source keeps its order whatever others come and go.
         self._keys = [_hash_text(s.fingerprint) for s in sources]
-        means = [float(np.mean(s.block_sizes, dtype=np.float64)) for s in sources]
+        # Fractions: sums of floats come out differently in other versions of Python.
+        means = [Fraction(int(np.sum(s.block_sizes, dtype=np.int64)), len(s.block_sizes)) for s in sources]
         # A share of conformers becomes a share of blocks, which hold different numbers of them.
-        rates = np.array([weight / mean for weight, mean in zip(settings.weights, means, strict=True)])
-        self._rates = [int(r) for r in np.rint(rates / rates.sum() * _WEIGHT_UNIT)]
+        rates = [Fraction(weight) / mean for weight, mean in zip(settings.weights, means, strict=True)]
+        self._rates = [round(rate / sum(rates) * _WEIGHT_UNIT) for rate in rates]
         self._by_cost = settings.batch_size >= MIN_CONFORMERS_TO_BALANCE * settings.lanes
         self._coefficients = tuple(round(c * COST_UNIT) for c in (settings.cost_per_atom, settings.cost_per_pair))
         # A single source has whole windows in an epoch; a mixture has no epoch, and neither has what begins in the middle of one.
@@ -203,11 +210,11 @@ class Plan:
         wanted = -(-num_conformers // (self.windows_per_epoch * settings.batch_size))
         self.steps_per_window = max(1, min(wanted, int(np.sum(smallest, dtype=np.int64))))
 
-    def _mix(self, mean_block: float) -> None:
+    def _mix(self, mean_block: Fraction) -> None:
         settings = self.settings
         least = MIN_STEPS_PER_WINDOW * settings.batch_size / mean_block
         used = sum(n for n, rate in zip(self._num_blocks, self._rates, strict=True) if rate)
-        self._window_blocks = max(min(settings.window_blocks, used), int(np.ceil(least)))
+        self._window_blocks = max(min(settings.window_blocks, used), math.ceil(least))
         self.steps_per_window = max(1, round(self._window_blocks * mean_block / settings.batch_size))
 
     # ------------------------------------------------------------------------------------------------------- what and where
@@ -366,7 +373,11 @@ class Plan:
         chance = hash_integers(order, seed, 3, window)
         sorting = np.lexsort((chance, -costs[order], lane_of))
         order = order[sorting]
-        slot_of = pack(costs[order], bounds, slots, capacities)
+        # Slots of the same load take their turn in an order of chance, another one in each lane: else the heaviest of all
+        # lanes would meet in the same step.
+        turns = np.argsort(hash_integers(np.arange(lanes * slots).reshape(lanes, slots), seed, 6, window), axis=1)
+        in_turn = None if capacities is None else np.take_along_axis(capacities, turns, axis=1)
+        slot_of = turns[lane_of, pack(costs[order], bounds, slots, in_turn)]
         if capacities is None:
             slot_of = match_slots(slot_of, costs[order], lane_of, lanes, permute(slots, seed, 4, window))
         cell = lane_of * slots + slot_of

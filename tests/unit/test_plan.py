@@ -38,7 +38,7 @@ STORED_BATCHES = [
         (0, 11, 0),
         (0, 11, 2),
     ],
-    [(0, 2, 0), (0, 5, 3), (0, 10, 1), (1, 4, 2)],
+    [(0, 2, 0), (0, 5, 1), (0, 9, 0), (0, 10, 0)],
 ]
 
 
@@ -330,6 +330,25 @@ class TestBalance:
         halves = window.loads().reshape(2, 4, -1).sum(axis=1)
         random = np.bincount(np.arange(2048) % 256, weights=window.costs).std()
         assert halves.std() < random
+
+    @pytest.mark.parametrize(("batch_size", "lanes"), [(16, 8), (64, 8), (256, 8)])
+    def test_steps_are_fair_samples(self, batch_size: int, lanes: int) -> None:
+        """The heaviest tenth is spread over the steps no worse than by chance, and comes at no special time of an epoch."""
+        source = Source([64] * 64)
+        plan = make_plan(source, batch_size=batch_size, lanes=lanes, window_blocks=64)
+        heavy = source.atoms >= np.quantile(source.atoms, 0.9)
+        counts = []
+        for number in range(4):
+            window = plan.window(number)
+            is_heavy = heavy[window.block * 64 + window.index]
+            rows = [window.rows_of_lanes(range(lanes), slot) for slot in range(window.num_slots)]
+            counts.append([is_heavy[r].sum() for r in rows])
+        found = np.array(counts)
+        by_chance = batch_size * heavy.mean() * (1 - heavy.mean())
+        assert found.var() < 1.3 * by_chance
+        times = np.linspace(-1, 1, found.shape[1])
+        for epoch in found:
+            assert abs(np.corrcoef(times, epoch)[0, 1]) < 4 / np.sqrt(len(times))
 
     def test_coefficients_decide_what_is_heavy(self) -> None:
         source = Source([64] * 32)
