@@ -35,8 +35,8 @@ def draw_histograms(figure: Any, survey: Survey) -> None:
     charges = {_name_charge(q): n for q, n in sorted(survey.total_charges.items(), key=lambda item: float(item[0]))}
     spins = {f"{s} unpaired": n for s, n in sorted(survey.unpaired_electrons.items(), key=lambda item: float(item[0]))}
     _draw_bars(panels[5], {**charges, **spins}, "conformers by charge and by spin")
-    panels[0].set_ylabel("conformers")
-    panels[1].set_ylabel("atoms")
+    for axes, counted in zip(panels, ("conformers", "atoms", "conformers", "conformers"), strict=False):
+        axes.set_ylabel(counted)
 
 
 def _name_charge(text: str) -> str:

@@ -48,7 +48,9 @@ The data set does not depend on the number of parts or workers.
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `so3krates convert`."""
     parser.epilog = _EPILOG
-    parser.add_argument("input", type=Path, nargs="+", help="files of one layout, or a folder of them")
+    parser.add_argument(
+        "input", type=Path, nargs="+", metavar="FILE", help="files of one layout, or a folder of them; before --keys"
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="data set to write; must not exist")
     parser.add_argument("--layout", metavar="NAME", help=f"default: recognised; one of {', '.join(LAYOUTS)}")
     parser.add_argument(
@@ -79,6 +81,9 @@ def _add_units(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--energy-unit", choices=sorted(ENERGY_UNITS), help=recognised)
     parser.add_argument("--length-unit", choices=sorted(LENGTH_UNITS), help="likewise")
     parser.add_argument("--force-unit", metavar="ENERGY/LENGTH", help="default: energy unit over length unit")
+    parser.add_argument(
+        "--gradients", action="store_true", help="what the file has as forces are gradients: turn the sign"
+    )
 
 
 def _add_limits(parser: argparse.ArgumentParser) -> None:
@@ -155,7 +160,8 @@ def _check_labels(file: OpenFile) -> None:
 def _print_file(file: OpenFile) -> None:
     sources = name_sources(file)
     names = sources[0] if len(sources) == 1 else f"{len(sources)} files from {sources[0]} on"
-    say(f"layout: {file.layout.name} ({file.layout.description}), {file.num_records} records in {names}")
+    say(f"input: {file.num_records} records in {names}")
+    say(f"layout: {file.layout.name} - {file.layout.description}")
     say("keys: " + ", ".join(f"{label}={key}" for label, key in sorted(file.keys.items())))
     for name in ("level_of_theory", "licence"):
         if (value := getattr(file, name)) is not None:
@@ -169,7 +175,8 @@ def _find_units(file: OpenFile, arguments: argparse.Namespace) -> FileUnits:
     sample = read_sample(file)
     units = choose_units(sample, file.units, arguments, file.name)
     for quantity in ("energy", "length", "force"):
-        say(f"{quantity} unit: {getattr(units, quantity)} ({getattr(units, quantity + '_reason')})")
+        turned = ", gradients with their sign turned" if quantity == "force" and units.gradients else ""
+        say(f"{quantity} unit: {getattr(units, quantity)} ({getattr(units, quantity + '_reason')}){turned}")
     given = arguments.energy_unit is not None and (arguments.length_unit or arguments.force_unit) is not None
     check_units([apply_units(g, units) for g in sample], file.name, units, strict=not given)
     return units
@@ -195,6 +202,7 @@ def _build_settings(file: OpenFile, units: FileUnits, arguments: argparse.Namesp
     conversion = {
         "sources": [identify_source(p, d) for p, d in zip(file.paths, described, strict=True)],
         "group": arguments.group,
+        "gradients": units.gradients,
         "max_force": arguments.max_force,
         "chunk_size": arguments.chunk_size,
     }
@@ -282,10 +290,12 @@ def finish(parts: Path, out: Path, settings: Settings, *, verify: bool) -> Manif
     runs = open_all(parts, settings, verify=verify)
     manifest = merge_runs(out, runs, settings.description)
     counts = ", ".join(f"{manifest.num_conformers(split)} {split}" for split in SPLITS)
-    say(f"wrote {out}: {counts}; dropped: {manifest.provenance['dropped'] or 'nothing'}")
+    dropped = quarantine.list_counts(manifest.provenance["dropped"])
+    say(f"wrote {out}: {counts}; dropped: {dropped or 'nothing'}")
     if (path := out / quarantine.QUARANTINE_NAME).exists():
         reasons = quarantine.count_reasons(quarantine.iter_quarantine(path))
-        say(f"{quarantine.describe_counts(reasons, sum(run.facts.num_records for run in runs))}; see {path}")
+        total = sum(run.facts.num_records for run in runs)
+        say(f"faulty structures: {quarantine.describe_counts(reasons, total)}; each is listed in {path}")
     return manifest
 
 

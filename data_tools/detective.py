@@ -67,6 +67,7 @@ _TWO_FAULTS: Final = 2.0
 _AS_GOOD: Final = 4.0
 _NO_EXPLANATION: Final = 16.0
 
+GRADIENTS: Final = "gradients in place of forces"
 Kind = Literal["agrees", "disagrees", "undecided"]
 
 
@@ -102,9 +103,14 @@ class UnitsSlope:
             return "agrees" if low <= self.slope <= high else "undecided"
         return "disagrees" if self.slope + _SURE * self.error < low else "undecided"
 
+    @property
+    def has_wrong_sign(self) -> bool:
+        """Whether energies fall where forces say that they rise, by more than noise."""
+        return self.slope < -_TOLD * self.error
+
     def explain(self) -> str:
         """Return in words what a slope outside of the band means."""
-        if self.slope < -_TOLD * self.error:
+        if self.has_wrong_sign:
             return f"energies that fall where the forces say they rise (slope {self.slope:.2g})"
         return f"energies that change {self.slope:.2g} times as much as the forces say"
 
@@ -132,7 +138,11 @@ class UnitsVerdict:
         return f"{text}: probably {' or '.join(self.probable)}" if self.probable else text
 
     def __str__(self) -> str:
-        """One line for people: the verdict and what it rests on."""
+        """One line for people: the verdict, what it rests on and what does not fit."""
+        return f"{self.describe()}; {self.explain()}" if self.findings else self.describe()
+
+    def describe(self) -> str:
+        """Return the verdict and what it rests on."""
         rests = []
         if self.slope is not None:
             error, pairs = f"{self.slope.error:.2g}", f"over {self.slope.num_pairs} near pairs"
@@ -145,10 +155,8 @@ class UnitsVerdict:
             rests.append(f"forces have an RMS of {self.force_rms:.3g} eV/Å")
         if self.slope is None:
             few = f"undecided, fewer than {_MIN_PAIRS} near pairs of conformers with energies and forces"
-            text = f"{few}; only bond lengths and force RMS were looked at: {', '.join(rests) or 'there are none'}"
-        else:
-            text = f"{self.kind}{', too much scatter' if self.kind == 'undecided' else ''}: {', '.join(rests)}"
-        return f"{text}; {self.explain()}" if self.findings else text
+            return f"{few}; only bond lengths and force RMS were looked at: {', '.join(rests) or 'there are none'}"
+        return f"{self.kind}{', too much scatter' if self.kind == 'undecided' else ''}: {', '.join(rests)}"
 
 
 def judge_units(graphs: Sequence[Graph], taken: TakenUnits = OURS) -> UnitsVerdict:
@@ -353,7 +361,7 @@ def _name_probable(
         return ()
     parts = [f"positions in {length}"] * (length != taken.length)
     if told is not None and told.slope < 0:
-        parts.append("gradients in place of forces")
+        parts.append(GRADIENTS)
     if told is None and force_rms is None:
         return tuple(parts)
     wrong_length = LENGTH_UNITS[length] / LENGTH_UNITS[taken.length]
@@ -366,6 +374,8 @@ def _name_probable(
     for rate, energy, force in ranked[:2]:
         wrong = [f"energies in {energy}"] * (energy != taken.energy) + [f"forces in {force}"] * (force != taken.force)
         causes += [", ".join([*parts, *wrong])] * (rate < limit)
+        if told is not None and parts and not wrong:
+            break  # that explains all of it; more faults at a time are no rival
     return tuple(filter(None, causes))
 
 

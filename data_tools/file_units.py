@@ -24,6 +24,13 @@ _TOTAL_ENERGY_BAND: Final = (0.97, 1.10)
 _SAMPLE_CHUNK: Final = 512
 _SAMPLE_CHUNKS: Final = 16
 _MAX_RATIOS: Final = 200
+_OPTIONS: Final = {
+    "energies in ": "--energy-unit ",
+    "positions in ": "--length-unit ",
+    "forces in ": "--force-unit ",
+    detective.GRADIENTS: "--gradients",
+}
+"""What the detective says, and the option that puts it right"""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -37,13 +44,16 @@ class FileUnits:
     energy_reason: str
     length_reason: str
     force_reason: str
+    gradients: bool = False
+    """the file has gradients in place of forces"""
 
     @property
     def factors(self) -> dict[str, float]:
         """Factors that turn the file's numbers into eV, Å and eV/Å."""
         energy, _, length = self.force.rpartition("/")
         force = ENERGY_UNITS[energy] / LENGTH_UNITS[length]
-        return {"energy": ENERGY_UNITS[self.energy], "length": LENGTH_UNITS[self.length], "force": force}
+        sign = -1.0 if self.gradients else 1.0
+        return {"energy": ENERGY_UNITS[self.energy], "length": LENGTH_UNITS[self.length], "force": sign * force}
 
     @property
     def names(self) -> dict[str, str]:
@@ -94,7 +104,7 @@ def choose_units(graphs: Sequence[Graph], known: Units | None, arguments: argpar
     Args:
         graphs: Some structures in the units of the file.
         known: What the layout says.
-        arguments: With `energy_unit`, `length_unit` and `force_unit`, each None unless it was given.
+        arguments: With `energy_unit`, `length_unit` and `force_unit`, each None unless it was given, and `gradients`.
         where: Name of the file, for messages.
 
     Raises:
@@ -119,7 +129,7 @@ def choose_units(graphs: Sequence[Graph], known: Units | None, arguments: argpar
     if force_energy not in ENERGY_UNITS or force_length not in LENGTH_UNITS:
         remedy = f"Energies are {', '.join(ENERGY_UNITS)}; lengths are {', '.join(LENGTH_UNITS)}"
         raise DataError("--force-unit", "be an energy unit, a slash and a length unit", repr(force), remedy)
-    return FileUnits(energy, length, force, energy_reason, length_reason, force_reason)
+    return FileUnits(energy, length, force, energy_reason, length_reason, force_reason, arguments.gradients)
 
 
 def _choose_length(graphs: Sequence[Graph], known: Units | None, where: str) -> tuple[str, str]:
@@ -162,7 +172,7 @@ def _choose_energy(graphs: Sequence[Graph], known: Units | None, where: str) -> 
         got = f"total energies that look like {unit} ({fits[unit]:.3f} of the estimate for all electrons)"
         raise DataError(where, "have energies in eV (ASE's convention), or a given unit", got, remedy)
     rule = "have total energies of all electrons, from which the unit can be told"
-    per_atom = np.nanmedian([np.nan if g.energy is None else g.energy / max(g.num_atoms, 1) for g in _thin(graphs)])
+    per_atom = np.median([g.energy / max(g.num_atoms, 1) for g in _thin(graphs) if g.energy is not None])
     raise DataError(where, rule, f"{per_atom:.4g} per atom, {ratio:.3g} times the estimate in eV", remedy)
 
 
@@ -175,7 +185,9 @@ def measure_energy_ratio(graphs: Sequence[Graph]) -> float | None:
 
 
 def _thin(graphs: Sequence[Graph]) -> Sequence[Graph]:
-    return graphs[:: max(1, len(graphs) // _MAX_RATIOS)][:_MAX_RATIOS]
+    """Return some of the structures whose energy is a number, evenly spaced among these: every second one may have none."""
+    labelled = [g for g in graphs if g.energy is not None and np.isfinite(g.energy)]
+    return labelled[:: max(1, len(labelled) // _MAX_RATIOS)][:_MAX_RATIOS]
 
 
 def check_units(graphs: Sequence[Graph], where: str, units: FileUnits, *, strict: bool) -> None:
@@ -185,16 +197,28 @@ def check_units(graphs: Sequence[Graph], where: str, units: FileUnits, *, strict
         graphs: Structures in eV and Å.
         where: Name of the file, for messages.
         units: That the numbers were taken for.
-        strict: Refuse what does not fit; else warn only (the user gave the units).
+        strict: Refuse what does not fit; else warn only (the user gave the units). A wrong sign is no unit: it is refused always.
 
     Raises:
-        DataError: They do not fit, and `strict`.
+        DataError: They do not fit, and `strict`, or forces have the wrong sign.
     """
     verdict = detective.judge_units(graphs, detective.TakenUnits(units.energy, units.length, units.force))
-    say(f"units check: {verdict}")
-    if verdict.findings and strict:
-        remedy = "Give --energy-unit, --length-unit and --force-unit"
+    say(f"units check: {verdict.describe()}")
+    has_wrong_sign = verdict.slope is not None and verdict.slope.has_wrong_sign
+    if verdict.findings and (strict or has_wrong_sign):
         rule = "have energies, forces and lengths in units that agree"
-        raise DataError(where, rule, verdict.explain(), remedy)
+        raise DataError(where, rule, verdict.explain(), _find_remedy(verdict, units))
     if verdict.findings:
         say(f"warning: {where} has {verdict.explain()}")
+
+
+def _find_remedy(verdict: detective.UnitsVerdict, units: FileUnits) -> str:
+    """Return what to do about units that do not fit: the options for what is probably wrong, if anything is."""
+    if units.gradients and verdict.slope is not None and verdict.slope.has_wrong_sign:
+        return "Leave --gradients out"
+    options = verdict.probable[0] if verdict.probable else ""
+    for words, option in _OPTIONS.items():
+        options = options.replace(words, option)
+    if options:
+        return f"If that is so, give {options.replace(', ', ' ')}"
+    return "Look up what the file has, and give --energy-unit, --length-unit and --force-unit"

@@ -28,6 +28,7 @@ from data_tools.dataset import (
     write_dataset,
 )
 from data_tools.processes import start_pool
+from data_tools.quarantine import list_counts
 from data_tools.sampling import Molecule, Sample, Task
 from so3krates_dist.errors import DataError
 from so3krates_dist.graph import Graph
@@ -100,7 +101,7 @@ def run(arguments: argparse.Namespace) -> int:
         isolated_atom_energies=isolated,
     )
     counts = ", ".join(f"{manifest.num_conformers(part)} {part}" for part in ("train", "validation", "test"))
-    say(f"wrote {arguments.out}: {counts}; dropped: {manifest.provenance['dropped'] or 'nothing'}")
+    say(f"wrote {arguments.out}: {counts}; dropped: {list_counts(manifest.provenance['dropped']) or 'nothing'}")
     return 0
 
 

@@ -142,7 +142,9 @@ def draw_picture(folder: Path, manifest: shards.Manifest, path: Path) -> None:
         axes.hist(values, bins=80, color="tab:blue")
         axes.set_xlabel(label)
         axes.set_yticks([])
-    title = drawing.make_plain(f"{manifest.name}: {len(graphs)} training conformers, {manifest.level_of_theory}")
+    title = drawing.make_plain(
+        f"{manifest.name}: {len(graphs)} training conformers, level of theory {manifest.level_of_theory}"
+    )
     figure.suptitle(title, parse_math=False)
     drawing.save_figure(figure, path, "Choose another --picture")
 

@@ -250,17 +250,27 @@ def open_all(parts: Path, settings: Settings, *, verify: bool) -> list[Run]:
     missing = [n for n in range(settings.num_chunks) if not find_chunk(parts, n).exists()]
     if missing:
         got = f"{settings.num_chunks - len(missing)} of them, without {_list(missing)}"
-        remedy = "Convert the parts that are missing: chunk C belongs to part C % N + 1 of N"
+        remedy = f"Convert what is missing: {_name_parts(parts, missing)}"
         raise DataError(str(parts), f"hold all {settings.num_chunks} chunks", got, remedy)
     runs = [Run.open(find_chunk(parts, number)) for number in range(settings.num_chunks)]
     others = [n for n, r in enumerate(runs) if (r.facts.fingerprint, r.facts.number) != (settings.fingerprint, n)]
     if others:
         rule = f"hold chunks that were made with the settings in {SETTINGS_NAME}"
-        remedy = "Remove these files and convert their parts again: chunk C belongs to part C % N + 1 of N"
+        remedy = f"Remove these files and convert their parts again: {_name_parts(parts, others)}"
         raise DataError(str(parts), rule, f"others: {_list(others)}", remedy)
     for run in runs if verify else ():
         run.verify()
     return runs
+
+
+def _name_parts(parts: Path, chunks: Sequence[int]) -> str:
+    """Return the options for the parts that some chunks belong to, if all parts that were begun are of one division."""
+    totals = {int(path.stem.rpartition("-")[2]) for path in parts.glob("part-*-of-*.lock")}
+    if len(totals) != 1:
+        return "chunk C belongs to part C % N + 1 of N"
+    total = totals.pop()
+    named = sorted({number % total + 1 for number in chunks})
+    return f"--part K/{total} with K = {_list(named)}"
 
 
 def _list(numbers: Sequence[int]) -> str:

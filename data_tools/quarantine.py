@@ -206,9 +206,13 @@ def describe_counts(counts: Mapping[str, int], total: int) -> str:
     bad = sum(counts.values())
     if not bad:
         return f"none of {total}"
+    return f"{bad} of {total} ({find_bad_share(counts, total):.2%}): {list_counts(counts)}"
+
+
+def list_counts(counts: Mapping[str, int]) -> str:
+    """Return numbers and reasons as one text, the most frequent reason first."""
     ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    reasons = ", ".join(f"{number} for {reason}" for reason, number in ranked)
-    return f"{bad} of {total} ({find_bad_share(counts, total):.2%}): {reasons}"
+    return ", ".join(f"{number} for {reason}" for reason, number in ranked)
 
 
 def check_max_bad_share(value: float) -> None:

@@ -25,6 +25,8 @@ NEIGHBOR_CUTOFF: Final = 5.0
 _FIRST: Final = 2000
 """conformers that ranges, the usual energies and the units are told from"""
 _BINS: Final = 60
+_FEW_BINS: Final = 5
+"""where all values are the same, which would be a hardly visible line in many; odd, so that it is in the middle"""
 _CUT: Final = PAIR_CUTOFFS.index(NEIGHBOR_CUTOFF)
 _COPIED: Final = ("atomic_numbers", "positions", "cell", "pbc", "forces")
 
@@ -109,17 +111,21 @@ class Histogram:
             sample: Values; none at all is fine.
             least: Width of all bins together, at least.
             low: Where the first bin starts; None: where the values do.
-            whole: Values are whole numbers, and bins are centred on such.
+            whole: Values are whole numbers from one on, and bins are centred on such.
         """
-        start, end = np.quantile(sample, [0.002, 0.998]) if len(sample) else (0.0, 0.0)
-        start = start - 0.05 * (end - start) if low is None else low
-        end = start + max(1.1 * (end - start), least)
-        if whole:
-            step = max(1, int(np.ceil((end - start) / _BINS)))
-            start = np.floor(start) - 0.5
-            edges = start + step * np.arange(int(np.ceil((end + 1 - start) / step)) + 1)
+        start, end = np.quantile(sample, [0.002, 0.998]) if len(sample) else (0.5 * least, 0.5 * least)
+        bins = _BINS if end > start else _FEW_BINS
+        if low is None:
+            margin = max(0.05 * (end - start), 0.5 * (least - (end - start)))
+            start, end = start - margin, end + margin
         else:
-            edges = np.linspace(start, end, _BINS + 1)
+            start, end = low, max(low + 1.1 * (end - low), low + least)
+        if whole:
+            step = max(1, int(np.ceil((end - start) / bins)))
+            start = max(np.floor(start), 1) - 0.5
+            edges = start + step * np.arange(int(np.ceil((np.floor(end) + 0.5 - start) / step)) + 1)
+        else:
+            edges = np.linspace(start, end, bins + 1)
         return cls(edges, np.zeros(len(edges) - 1))
 
     def add(self, values: FloatArray) -> None:

@@ -1,7 +1,10 @@
 """Settings that every test starts from, and the folders of material that lies beside a clone."""
 
+import atexit
 import os
+import shutil
 import socket
+import tempfile
 from pathlib import Path
 
 # Before torch is imported: one thread (the cores are shared), no W&B server, no screen, and no launcher around the tests.
@@ -9,6 +12,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MKL_NUM_THREADS", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("MPLBACKEND", "Agg")
+# Marks of verified files and copies of remote ones do not go to the user's own cache; children inherit the name.
+os.environ["SO3KRATES_CACHE_DIR"] = tempfile.mkdtemp(prefix="so3krates-cache-")
+atexit.register(shutil.rmtree, os.environ["SO3KRATES_CACHE_DIR"], ignore_errors=True)
 _LAUNCHER = "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE LOCAL_SIZE MASTER_ADDR MASTER_PORT"
 _SLURM = "SLURM_PROCID SLURM_LOCALID SLURM_NTASKS SLURM_NTASKS_PER_NODE SLURM_TASKS_PER_NODE"
 for _name in (*_LAUNCHER.split(), *_SLURM.split()):

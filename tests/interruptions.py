@@ -1,15 +1,17 @@
 """Training with something that happens at one step: what processes of the tests run instead of `so3krates train`."""
 
+import errno
 import os
 import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from training_setup import train
+from training_setup import read_own_rank, train
 
 from so3krates_dist.data.mixture import Source
 from so3krates_dist.data.plan import lanes_of_rank
+from so3krates_dist.train import planning
 from so3krates_dist.train.loop import Training
 
 
@@ -91,4 +93,19 @@ def train_on_damaged_shard(settings: Sequence[str], step: int, rank: int) -> int
             file.write(bytes([byte ^ 0x10]))
 
     _before_step(step, 0, damage)
+    return train(settings)
+
+
+def train_on_data_of_rank(settings: Sequence[str], *folders: Path) -> int:
+    """Find other data under the same name than the other processes, as on machines with disks of their own."""
+    return train([*settings, f"data.folder={folders[read_own_rank().rank]}"])
+
+
+def train_without_room_for_the_plan(settings: Sequence[str]) -> int:
+    """Have a disk that is full when the plan is written."""
+
+    def write_text(path: Path, text: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    planning.write_text = write_text
     return train(settings)

@@ -20,10 +20,14 @@ _MAX_SIGNATURES: Final = 1000
 """So many different sets of names are remembered"""
 
 
-def unreadable(path: Path, error: object) -> DataError:
+def unreadable(path: Path, error: object, remedy: str = _REMEDY) -> DataError:
     """Return what to raise for a file that ASE cannot read."""
+    from ase.io.formats import UnknownFileTypeError
+
     got = f"{type(error).__name__}: {error}" if isinstance(error, Exception) else str(error)
-    return DataError(str(path), "be readable by ASE", got.splitlines()[0], _REMEDY)
+    if isinstance(error, UnknownFileTypeError):  # says the extension only
+        got = "a format that neither content nor name tell"
+    return DataError(str(path), "be readable by ASE", got.splitlines()[0], remedy)
 
 
 def collect_values(atoms: Any) -> dict[str, Any]:

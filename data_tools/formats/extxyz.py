@@ -194,7 +194,8 @@ def _find_frames(text: "bytes | mmap.mmap", path: Path) -> "tuple[array.array[in
             raise unreadable(path, f"{count[:40]!r} where record {record} has its number of atoms")
         comment, last = lines.end(1), lines.end(1 + int(count))
         if comment is None or last is None:
-            raise unreadable(path, f"record {record} of {int(count)} atoms cut short")
+            remedy = "Copy it again, or remove that record"
+            raise unreadable(path, f"record {record} of {int(count)} atoms cut short", remedy)
         lines.skip(2 + int(count))
         while (vector := lines.end(0)) is not None and text[last:vector].lstrip().startswith(b"VEC"):
             last = vector

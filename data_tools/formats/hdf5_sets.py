@@ -235,7 +235,6 @@ QM7X: Final = Layout(
     open=Qm7xFile,
     units=Units("eV", "Angstrom", "eV/Angstrom", "QM7-X's documentation"),
     level_of_theory="PBE0+MBD",
-    licence="CC-BY-4.0",
     source="J. Hoja et al., Sci. Data 8, 43 (2021), 10.1038/s41597-021-00812-2; data 10.5281/zenodo.4288677",
 )
 ANI1X: Final = Layout(

@@ -292,7 +292,6 @@ RMD17: Final = Layout(
     open=NpzFile,
     units=Units("kcal/mol", "Angstrom", "kcal/mol/Angstrom", "rMD17's documentation"),
     level_of_theory="PBE/def2-SVP",
-    licence="CC0-1.0",
     source="A. S. Christensen, O. A. von Lilienfeld, Mach. Learn.: Sci. Technol. 1, 045018 (2020), 10.1088/2632-2153/abba6f; "
     "data 10.6084/m9.figshare.12672038",
 )

@@ -16,6 +16,7 @@ from so3krates_dist.errors import DataError
 Container = Literal["hdf5", "sqlite", "lmdb", "zip", "xz", "gzip", "bzip2", "other"]
 
 _HEAD_SIZE: Final = 4096
+_PAGE_MARKS: Final = (b"<!doctype html", b"<html")
 _MAGIC: Final[tuple[tuple[int, bytes, Container], ...]] = (
     (0, b"\x89HDF\r\n\x1a\n", "hdf5"),
     (0, b"SQLite format 3\x00", "sqlite"),
@@ -78,6 +79,15 @@ class Probe:
         from data_tools.formats.hdf5 import list_first_groups
 
         return list_first_groups(self.path)
+
+
+def refuse_no_data(probe: Probe) -> None:
+    """Raise `DataError` for what a failed download leaves: an empty file, or a web page under the name of a data set."""
+    if not probe.head:
+        raise DataError(str(probe.path), "hold structures", "an empty file", "Copy or download it again")
+    if probe.head.lstrip().lower().startswith(_PAGE_MARKS):
+        remedy = "Download it again: the server sent a page, perhaps with an error or a login"
+        raise DataError(str(probe.path), "hold structures", "a web page (HTML)", remedy)
 
 
 def _list_arrays(path: Path) -> frozenset[str]:

@@ -15,7 +15,7 @@ from data_tools.formats.extxyz import EXTXYZ
 from data_tools.formats.gems import GEMS
 from data_tools.formats.hdf5_sets import ANI1X, QM7X, SPICE, TRANSITION1X
 from data_tools.formats.npz import NPZ, RMD17, SGDML, has_structures
-from data_tools.formats.probe import Container, Probe, npz_error
+from data_tools.formats.probe import Container, Probe, npz_error, refuse_no_data
 from so3krates_dist.errors import DataError
 
 LAYOUTS: Final[dict[str, Layout]] = {
@@ -163,6 +163,7 @@ def open_layout(
     request = Request(dict(keys or {}), group, labels)
     opened: list[OpenFile] = []
     for path, name in find_files(paths, layout):
+        refuse_no_data(Probe(path, name))
         found = chosen or recognise(path, name)
         if opened and found is not opened[0].layout:
             rule = f"have the layout of {opened[0].name} ({opened[0].layout.name})"

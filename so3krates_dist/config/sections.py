@@ -71,7 +71,7 @@ class DataSection:
     num_workers: int = 0
     """processes that prepare batches ahead of training, per training process; 0: prepared in the training process"""
     on_damage: Literal["stop", "skip"] = "stop"
-    """a damaged block ends the run, or its conformers are left out and counted, up to data.max_skipped"""
+    """a damaged block ends the run, or is left out and counted, up to data.max_skipped: then only blocks are checked, not hashes"""
     max_skipped: int = 0
     """conformers that a run may leave out, counted from its last start, before it stops"""
     rebase: bool = False
@@ -79,7 +79,7 @@ class DataSection:
     verify: Literal["size", "sha256"] = "sha256"
     """check of every shard before its first use; each block's checksum is compared at every reading in any case"""
     cache: str = ""
-    """folder for shards of remote data sets; empty: in the user's cache folder"""
+    """folder for shards of remote data sets; empty: $SO3KRATES_CACHE_DIR, or in the cache folder of the user"""
     cache_gb: float = 50.0
     """GB that the cache may hold; the shards that were not used for longest go first"""
     connect_timeout: float = 10.0

@@ -17,6 +17,10 @@ MEMBER_SUFFIX: Final = "safetensors"
 TAR_RECORD: Final = 512
 """bytes that headers and members are padded to"""
 
+MAX_MEMBERS: Final = 1_000_000
+"""Members of a shard: their numbers have six digits"""
+
+_CHUNK: Final = 1 << 20
 _NAME: Final = re.compile(rf"([A-Za-z0-9_-]+)\.{MEMBER_SUFFIX}")
 _CHECKSUM: Final = slice(148, 156)
 
@@ -51,15 +55,17 @@ def iter_members(path: Path) -> Iterator[Member]:
                 member = _parse(header, position, total, f"{path} at byte {position}")
                 if member.key in keys:
                     raise refuse_damaged(f"{path}:{member.key}", "be there once", "a second one")
+                if len(keys) == MAX_MEMBERS:
+                    raise refuse_damaged(str(path), f"have at most {MAX_MEMBERS} members", "more")
                 keys.add(member.key)
                 yield member
                 position = member.offset + pad(member.size)
                 file.seek(position)
-            rest = header + file.read(total)
+            zero = all(chunk.count(0) == len(chunk) for chunk in iter(lambda: file.read(_CHUNK), b""))
     except OSError as error:
         raise refuse_damaged(str(path), "be readable", error.strerror) from error
-    if any(rest) or len(rest) < 2 * TAR_RECORD:
-        got = f"{len(rest)} bytes, {'not all of them zero' if any(rest) else 'too few'}"
+    if not zero or total < position + 2 * TAR_RECORD:
+        got = f"{total - position} bytes, {'too few' if zero else 'not all of them zero'}"
         raise refuse_damaged(f"{path} at byte {position}", "end with zeros", got)
 
 

@@ -23,11 +23,13 @@ _WAIT_FOR_ROOM_S: Final = 0.05
 
 
 def find_cache_folder() -> Path:
-    """Return the folder for copies that is used where none is named: below $XDG_CACHE_HOME or ~/.cache.
+    """Return the folder for copies and marks where none is named: $SO3KRATES_CACHE_DIR, or below $XDG_CACHE_HOME or ~/.cache.
 
     Raises:
         ConfigError: The user has no home.
     """
+    if named := os.environ.get("SO3KRATES_CACHE_DIR"):
+        return Path(named)
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "so3krates-dist"
     except RuntimeError as error:
@@ -63,6 +65,7 @@ class Cache:
             raise DataError(name, "have a sha256 of 64 hexadecimal digits", repr(sha256), "Make the data set anew")
         path = self.folder / sha256 / name
         try:
+            self._check_folder()
             if not _use(path, size):
                 self._check(name, size)
                 with self._lock(sha256[:2]):  # whoever waited for it finds the copy there
@@ -82,7 +85,12 @@ class Cache:
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         self.folder.mkdir(mode=0o700, exist_ok=True)
         (self.folder / "locks").mkdir(exist_ok=True)
-        if self.folder.stat().st_mode & 0o002:  # lengths are all that is compared later on
+
+    def _check_folder(self) -> None:
+        """Refuse a folder that anybody may have put files into: lengths are all that is compared of copies that are there."""
+        with contextlib.suppress(FileNotFoundError):
+            if not self.folder.stat().st_mode & 0o002:
+                return
             raise DataError(
                 str(self.folder), "be a folder that not everyone can write to", "one that everyone can",
                 "Set data.cache to another one",

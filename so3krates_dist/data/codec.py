@@ -159,8 +159,7 @@ def decode_block(payload: bytes, where: str = "block", *, check_sum: bool = True
     try:
         spans, metadata, first = layout.read_header(payload, len(payload))
         header = json.loads(metadata["so3krates"])
-        schema, groups = header.get("schema"), header["groups"]
-        groups = tuple(str(g) for g in groups)
+        schema, groups = header.get("schema"), _read_groups(header["groups"])
         columns = layout.view_columns(payload, spans, first)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise refuse_damaged(where, "be a block of conformers", f"{type(error).__name__}: {error}") from error
@@ -172,8 +171,15 @@ def decode_block(payload: bytes, where: str = "block", *, check_sum: bool = True
     offsets = _check_columns(columns, where)
     numbers = columns["group"]
     if not 0 <= int(numbers.min()) <= int(numbers.max()) < len(groups):
-        raise refuse_damaged(f"{where} column `group`", f"count the {len(groups)} groups", numbers.tolist()[:8])
+        raise refuse_damaged(f"{where} column `group`", f"count the {len(groups)} groups", numbers[:8].tolist())
     return Block(columns, offsets, groups)
+
+
+def _read_groups(names: object) -> tuple[str, ...]:
+    if not isinstance(names, list) or any(type(name) is not str for name in names):
+        raise ValueError("groups that are no list of texts")
+    "".join(names).encode()  # half of a character could not be written to any log
+    return tuple(names)
 
 
 def _check_columns(columns: Columns, where: str) -> IntArray:
@@ -182,9 +188,10 @@ def _check_columns(columns: Columns, where: str) -> IntArray:
         if name not in columns:
             raise refuse_damaged(where, f"have the column `{name}`", ", ".join(sorted(columns)))
     counts = columns["num_atoms"]
-    if counts.ndim != 1 or not 1 <= len(counts) <= MAX_BLOCK_CONFORMERS or counts.min() < 1:
+    if counts.ndim != 1 or counts.dtype != np.int32 or not 1 <= len(counts) <= MAX_BLOCK_CONFORMERS or counts.min() < 1:
         rule = f"give the atoms, at least one, of 1 to {MAX_BLOCK_CONFORMERS} conformers"
-        raise refuse_damaged(f"{where} column `num_atoms`", rule, f"{counts.shape} {counts.ravel().tolist()[:8]}")
+        found = f"{counts.dtype} {counts.shape} {counts.ravel()[:8].tolist()}"
+        raise refuse_damaged(f"{where} column `num_atoms`", rule, found)
     offsets = np.zeros(len(counts) + 1, np.int64)
     np.cumsum(counts, dtype=np.int64, out=offsets[1:])
     num_atoms = int(offsets[-1])
@@ -197,7 +204,9 @@ def _check_columns(columns: Columns, where: str) -> IntArray:
             found = f"{column.dtype} {column.shape}"
             raise refuse_damaged(f"{where} column `{name}`", f"be {dtype} {expected}", found)
         if name in _HAS and (name.removeprefix("has_") not in columns or column.max() > 1):
-            raise refuse_damaged(f"{where} column `{name}`", "be 0 or 1, beside what it is about", column.tolist()[:8])
+            raise refuse_damaged(f"{where} column `{name}`", "be 0 or 1, beside what it is about", column[:8].tolist())
+        if name == "pbc" and column.view(np.uint8).max() > 1:  # numpy counts on it, and writes past the end where not
+            raise refuse_damaged(f"{where} column `{name}`", "be 0 or 1", column.view(np.uint8)[:8].tolist())
     return offsets
 
 

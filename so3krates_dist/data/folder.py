@@ -30,8 +30,8 @@ from so3krates_dist.data.verification import check_hash, refuse_damaged, verify_
 from so3krates_dist.errors import DataError
 from so3krates_dist.graph import Graph
 
-MAX_OPEN_SHARDS: Final = 128
-"""files that a reader keeps open at a time; processes are commonly allowed 1024"""
+MAX_OPEN_SHARDS: Final = 64
+"""files that a reader keeps open at a time, for each data set; processes are commonly allowed 1024 in all"""
 
 
 def check_size(path: Path, expected: int) -> None:
@@ -151,13 +151,15 @@ class DataFolder:
 
     def _read_table(self) -> BlockTable:
         entry = self.manifest.index
+        where = self._storage.address(entry.file if entry else MANIFEST_NAME)
         if entry is None:
-            where = self._storage.address(MANIFEST_NAME)
-            table = read_places(self.manifest, json.loads(self._storage.read_text(MANIFEST_NAME)))
+            table = read_places(self.manifest, json.loads(self._storage.read_text(MANIFEST_NAME)), where)
         else:
             self._check_file(entry)
             path = self._storage.fetch(entry.file, size=entry.size, sha256=entry.sha256)
-            where, table = str(path), map_index(path, find_splits(self.manifest))
+            # Opened by the storage, which fetches it again where a small cache has dropped it since.
+            descriptor = self._storage.open_file(entry.file, size=entry.size, sha256=entry.sha256)
+            table = map_index(path, find_splits(self.manifest), descriptor)
         check_table(table, self.manifest, where)
         return table
 
@@ -197,8 +199,12 @@ class DataFolder:
             DataError: The shard is missing, or the bytes are not those that were written.
         """
         entry = self.block_entry(number)
-        payload = os.pread(self._open(int(self.table.block_shard[number])), entry.size, entry.offset)
         where = f"{self._storage.address(entry.file)}:{entry.key}"
+        descriptor = self._open(int(self.table.block_shard[number]))
+        try:
+            payload = os.pread(descriptor, entry.size, entry.offset)
+        except OSError as error:  # a disk that fails, a file server that is gone
+            raise refuse_damaged(where, "be readable", error.strerror) from error
         if len(payload) != entry.size:
             raise refuse_damaged(where, f"have {entry.size} bytes", f"{len(payload)} bytes")
         if (found := zlib.crc32(payload)) != entry.crc32:

@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from so3krates_dist import files
 from so3krates_dist.data import layout
-from so3krates_dist.data.codec import MAX_BLOCK_BYTES, SCHEMA, Block, Columns
+from so3krates_dist.data.codec import MAX_BLOCK_BYTES, MAX_BLOCK_CONFORMERS, SCHEMA, Block, Columns
 from so3krates_dist.data.manifest import INDEX_NAME, SPLITS, IndexEntry, Manifest
 from so3krates_dist.data.pair_counts import (
     FLAGS,
@@ -201,18 +201,19 @@ def _from_columns(columns: Columns, splits: Mapping[str, range]) -> Index:
     return Index(**fields, splits=splits)
 
 
-def map_index(path: Path, splits: Mapping[str, range]) -> Index:
+def map_index(path: Path, splits: Mapping[str, range], descriptor: int | None = None) -> Index:
     """Map an index file.
 
     Args:
         path: `index.safetensors`.
         splits: Blocks of each split, see `find_splits`.
+        descriptor: The file where it is open for reading already; it is closed with the last reference to the index.
 
     Raises:
         DataError: The file is missing, damaged or from a newer version.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDONLY) if descriptor is None else descriptor
     except OSError as error:
         raise refuse_damaged(str(path), "be readable", error.strerror) from error
     try:
@@ -252,17 +253,24 @@ def find_splits(manifest: Manifest) -> dict[str, range]:
     return {split: range(first, end) for split, first, end in zip(SPLITS, [0, *ends], ends, strict=False)}
 
 
-def read_places(manifest: Manifest, content: Mapping[str, Any]) -> BlockTable:
+def read_places(manifest: Manifest, content: Mapping[str, Any], where: str = "manifest.json") -> BlockTable:
     """Return where the blocks of a data set of schema 1 lie.
 
     Args:
         manifest: Of the data set.
         content: What is in `manifest.json`, whose shards list their blocks.
+        where: Name of the file for messages.
+
+    Raises:
+        DataError: A place is no number, or one that no file has.
     """
     blocks = [shard["blocks"] for shard in content["shards"]]
 
     def join(name: str, dtype: str) -> npt.NDArray[Any]:
-        return np.array([value for block in blocks for value in block[name]], dtype)
+        values = [value for block in blocks for value in block[name]]
+        if any(type(v) is not int or not 0 <= v <= np.iinfo(dtype).max for v in values):
+            raise refuse_damaged(where, f"list every block's {name}, an integer from 0", "another value")
+        return np.array(values, dtype)
 
     return BlockTable(
         block_shard=np.repeat(np.arange(len(blocks), dtype=np.int32), [s.num_blocks for s in manifest.shards]),
@@ -278,29 +286,39 @@ def read_places(manifest: Manifest, content: Mapping[str, Any]) -> BlockTable:
 def check_table(index: BlockTable, manifest: Manifest, where: str) -> None:
     """Raise `DataError` where an index does not belong to the shards of a manifest."""
     shards = manifest.shards
-    numbers = np.repeat(np.arange(len(shards)), [s.num_blocks for s in shards])
-    firsts = np.asarray(index.block_first)
-    sizes = np.diff(firsts)
+    firsts, atoms = np.asarray(index.block_first), np.asarray(index.block_atoms)
+    sizes, num_blocks = np.diff(firsts), sum(s.num_blocks for s in shards)
+    fits = index.num_blocks == num_blocks  # before anything of the length that the manifest claims is made
+    numbers = np.repeat(np.arange(len(shards)), [s.num_blocks for s in shards]) if fits else None
     if (
-        not np.array_equal(index.block_shard, numbers)
+        numbers is None
+        or not np.array_equal(index.block_shard, numbers)
         or firsts[0] != 0
         or firsts[-1] != sum(s.num_conformers for s in shards)
     ):
-        rule = f"list the {len(numbers)} blocks of the manifest"
+        rule = f"list the {num_blocks} blocks of the manifest"
         raise refuse_damaged(where, rule, f"{index.num_blocks} blocks, or in other shards")
-    weights = {"num_conformers": sizes, "num_atoms": np.asarray(index.block_atoms)}
+    if not _are_within(sizes, MAX_BLOCK_CONFORMERS) or not _are_within(atoms, MAX_BLOCK_BYTES):
+        rule = f"list blocks of 1 to {MAX_BLOCK_CONFORMERS} conformers, with atoms"
+        raise refuse_damaged(where, rule, "an empty block, or a larger one")
+    weights = {"num_conformers": sizes, "num_atoms": atoms}
     for field, values in weights.items():
         found = np.bincount(numbers, values, len(shards)).astype(np.int64)
         wrong = np.flatnonzero(found != [getattr(s, field) for s in shards])
-        if len(wrong) or sizes.min(initial=1) < 1:
-            shard = shards[wrong[0]] if len(wrong) else shards[0]
+        if len(wrong):
+            shard = shards[wrong[0]]
             rule = f"count {getattr(shard, field)} {field.removeprefix('num_')} in {shard.file}"
-            raise refuse_damaged(where, rule, found[wrong[0]] if len(wrong) else "an empty block")
-    if np.max(index.block_size, initial=0) > MAX_BLOCK_BYTES:
-        raise refuse_damaged(where, f"list blocks of at most {MAX_BLOCK_BYTES} bytes", np.max(index.block_size))
-    ends = np.asarray(index.block_offset) + np.asarray(index.block_size)
-    if (ends > np.array([s.size for s in shards], np.int64)[numbers]).any() or np.any(index.block_offset < 0):
+            raise refuse_damaged(where, rule, found[wrong[0]])
+    if not _are_within(index.block_size, MAX_BLOCK_BYTES):
+        got = f"{np.min(index.block_size)} to {np.max(index.block_size)}"
+        raise refuse_damaged(where, f"list blocks of 1 to {MAX_BLOCK_BYTES} bytes", got)
+    room = np.array([s.size for s in shards], np.int64)[numbers] - index.block_size
+    if np.any(index.block_offset > room) or np.any(index.block_offset < 0):
         raise refuse_damaged(where, "give places within the shards", "a block beyond the end of its shard")
+
+
+def _are_within(values: npt.NDArray[Any], most: int) -> bool:
+    return bool(np.min(values, initial=1) >= 1 and np.max(values, initial=1) <= most)
 
 
 # --------------------------------------------------------------------------------------------------------------- writing

@@ -14,6 +14,12 @@ import numpy as np
 MAX_HEADER_BYTES: Final = 16 * 2**20
 """Longest table that is parsed; names of 65,536 groups fit"""
 
+MAX_DIMENSIONS: Final = 3
+"""Columns of ours have at most these"""
+
+MAX_NAME: Final = 64
+"""Characters of the name of a column"""
+
 _ALIGNMENT: Final = 8
 _NAMES: Final = {
     "bool": "BOOL", "uint8": "U8", "int32": "I32", "uint32": "U32", "int64": "I64", "float32": "F32", "float64": "F64",
@@ -83,7 +89,9 @@ def read_header(head: bytes, total: int) -> tuple[dict[str, Span], dict[str, str
         raise ValueError(f"a header of {size} bytes in {total} bytes")
     content = json.loads(head[8 : 8 + size])
     metadata = content.pop("__metadata__")
-    columns = {name: _read_span(entry) for name, entry in content.items()}
+    if any(type(text) is not str for text in metadata.values()) or not _to_json(metadata):
+        raise ValueError("metadata that are no texts")
+    columns = {name: _read_span(name, entry, total) for name, entry in content.items()}
     end = 0
     for span in sorted(columns.values(), key=lambda s: (s.start, s.size)):
         if span.start != end:
@@ -94,12 +102,19 @@ def read_header(head: bytes, total: int) -> tuple[dict[str, Span], dict[str, str
     return columns, metadata, 8 + size
 
 
-def _read_span(entry: Mapping[str, Any]) -> Span:
-    dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
-    start, end = entry["data_offsets"]
+def _read_span(name: str, entry: Mapping[str, Any], total: int) -> Span:
+    """Parse the entry of a column; nothing is computed with numbers before their types and sizes are known."""
+    if not (name.isascii() and name.isidentifier() and len(name) <= MAX_NAME):
+        raise ValueError("a column whose name is no word")
+    dtype, shape, offsets = _DTYPES[entry["dtype"]], tuple(entry["shape"]), tuple(entry["data_offsets"])
+    if len(shape) > MAX_DIMENSIONS or len(offsets) != 2:
+        raise ValueError(f"a column of {len(shape)} dimensions with {len(offsets)} offsets")
+    if any(type(n) is not int or not 0 <= n <= total for n in (*shape, *offsets)):
+        raise ValueError(f"column {name} of another shape or place than within {total} bytes")
+    start, end = offsets
     size = dtype.itemsize * math.prod(shape)
-    if any(type(n) is not int or n < 0 for n in (*shape, start, end)) or end - start != size:
-        raise ValueError(f"a column of shape {shape} from byte {start} to {end}")
+    if end - start != size:
+        raise ValueError(f"column {name} of shape {shape} from byte {start} to {end}")
     return Span(dtype, shape, start, size)
 
 

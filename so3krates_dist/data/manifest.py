@@ -8,17 +8,21 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from so3krates_dist.data.codec import SCHEMA, check_schema
+from so3krates_dist.data.codec import LABELS, SCHEMA, check_schema
 from so3krates_dist.data.verification import refuse_damaged
 from so3krates_dist.errors import DataError
 
 MANIFEST_NAME: Final = "manifest.json"
 INDEX_NAME: Final = "index.safetensors"
 SPLITS: Final = ("train", "validation", "test")
+MAX_FILE_BYTES: Final = 1 << 50
+"""Length of a shard or index, so that sums of lengths and places stay within 64 bits"""
+MAX_TEXT_BYTES: Final = 1 << 28
+"""Longest text that is read into memory; the manifest of ten million conformers has a few MB"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,6 +115,12 @@ def load_manifest(folder: Path) -> Manifest:
         DataError: The folder or the file is missing, damaged or from a newer version.
     """
     path = folder / MANIFEST_NAME
+    if not path.is_file() and (match := re.match("([a-z0-9]+):/", str(folder))):  # what a Path leaves of `://`
+        rule, remedy = (
+            "be a folder of this machine",
+            "Copy the data set to a folder; `train` and `evaluate` read it there too",
+        )
+        raise DataError(str(folder).replace(":/", "://", 1), rule, f"an address of the kind `{match[1]}:`", remedy)
     if not path.is_file():
         raise DataError(
             str(folder),
@@ -118,7 +128,23 @@ def load_manifest(folder: Path) -> Manifest:
             "no such file",
             "Make a data set with `so3krates generate` or `convert`",
         )
-    return parse_manifest(path.read_bytes(), str(path))
+    return parse_manifest(read_text(path), str(path))
+
+
+def read_text(path: Path) -> bytes:
+    """Return the bytes of a text file of this machine.
+
+    Raises:
+        DataError: It cannot be read, or is longer than any manifest.
+    """
+    try:
+        with path.open("rb") as file:
+            text = file.read(MAX_TEXT_BYTES + 1)
+    except OSError as error:
+        raise DataError(str(path), "be readable", error.strerror, "Check the folder's name") from error
+    if len(text) > MAX_TEXT_BYTES:
+        raise refuse_damaged(str(path), f"have at most {MAX_TEXT_BYTES} bytes", "more")
+    return text
 
 
 def parse_manifest(text: str | bytes, where: str) -> Manifest:
@@ -134,11 +160,12 @@ def parse_manifest(text: str | bytes, where: str) -> Manifest:
         content["shards"] = tuple(read_shard(s) for s in content["shards"])
         content["labels"] = tuple(content["labels"])
         _check_order(content["shards"])
-        if content["schema"] == 1:
-            return _add_label_counts(Manifest(**content))
-        content["index"] = IndexEntry(**content["index"])
-        _check_file(content["index"], "an index", "safetensors")
-        return Manifest(**content)
+        if content["schema"] > 1:
+            content["index"] = IndexEntry(**content["index"])
+            _check_file(content["index"], "an index", "safetensors")
+        manifest = Manifest(**content)
+        _check_fields(manifest)
+        return manifest if content["schema"] > 1 else _add_label_counts(manifest)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise refuse_damaged(where, "be a manifest", f"{type(error).__name__}: {error}") from error
 
@@ -147,8 +174,8 @@ def _read_shard(entry: Mapping[str, Any]) -> ShardEntry:
     shard = ShardEntry(**entry)
     _check_file(shard, "a shard", "tar")
     counts = (shard.num_blocks, shard.num_conformers, shard.num_atoms)
-    if any(type(n) is not int for n in counts) or not 1 <= counts[0] <= counts[1] <= counts[2]:
-        raise ValueError(f"{shard.file} has {counts} blocks, conformers and atoms")
+    if any(type(n) is not int for n in counts) or not 1 <= counts[0] <= counts[1] <= counts[2] <= shard.size:
+        raise ValueError(f"{shard.file} has {counts} blocks, conformers and atoms in {shard.size} bytes")
     return shard
 
 
@@ -169,12 +196,32 @@ def _read_shard_of_schema_1(entry: Mapping[str, Any]) -> ShardEntry:
 def _check_file(entry: ShardEntry | IndexEntry, kind: str, ending: str) -> None:
     if not re.fullmatch(rf"[A-Za-z0-9_-]+\.{ending}", entry.file):
         raise ValueError(f"{kind} is called {entry.file!r}")
-    if type(entry.size) is not int or entry.size < 1 or not re.fullmatch("[0-9a-f]{64}", entry.sha256):
+    if (
+        type(entry.size) is not int
+        or not 1 <= entry.size <= MAX_FILE_BYTES
+        or not re.fullmatch("[0-9a-f]{64}", entry.sha256)
+    ):
         raise ValueError(f"{entry.file} has {entry.size!r} bytes with the sha256 {entry.sha256!r}")
 
 
-def _check_order(entries: Iterable[ShardEntry]) -> None:
-    """Blocks are numbered through the splits in their order, and an index by ranges."""
+def _check_fields(manifest: Manifest) -> None:
+    """Raise `ValueError` where a field has another type than this package writes."""
+    texts = (manifest.name, manifest.level_of_theory, manifest.licence, *manifest.units.values())
+    if any(type(text) is not str for text in texts):
+        raise ValueError("name, level_of_theory, licence or units that are no texts")
+    if not set(manifest.labels) <= set(LABELS):
+        raise ValueError(f"labels {manifest.labels}, which are not all among {', '.join(LABELS)}")
+    if any(not isinstance(getattr(manifest, name), dict) for name in ("splits", "statistics", "provenance")):
+        raise ValueError("splits, statistics or provenance that are no table")
+    counts = [manifest.groups, *manifest.label_counts.values()]
+    if any(type(n) is not int or n < 0 for count in counts for n in count.values()):
+        raise ValueError("groups or label_counts that are no counts")
+
+
+def _check_order(entries: Sequence[ShardEntry]) -> None:
+    """Blocks are numbered through the splits in their order, and an index by ranges; no file is there twice."""
+    if len({entry.file for entry in entries}) < len(entries):
+        raise ValueError("a shard that is listed twice")
     splits = [(*SPLITS, entry.split).index(entry.split) for entry in entries]
     if len(SPLITS) in splits:
         raise ValueError(f"a shard is of none of the splits {', '.join(SPLITS)}")

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import hashlib
 import itertools
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -29,6 +30,8 @@ from so3krates_dist.data.storage import StorageSettings
 from so3krates_dist.errors import DataError
 from so3krates_dist.graph import MAX_ATOMIC_NUMBER, FloatArray, Graph, IntArray, compute_formula
 
+_BLOCKS_AT_A_TIME: Final = 1024
+"""bounds the memory of going through an index"""
 _SHARE_DIGITS: Final = 9
 """of computed shares: powers may differ in their last digit between machines"""
 
@@ -210,6 +213,11 @@ class Mixture:
         return hashlib.sha256("\n".join(s.fingerprint for s in self.sources).encode()).hexdigest()[:16]
 
     @property
+    def held_out(self) -> str:
+        """Fingerprints of the data sets that models are compared on while training."""
+        return " ".join(s.fingerprint for s in self.active if s.manifest.num_conformers("validation"))
+
+    @property
     def labels(self) -> tuple[str, ...]:
         """Labels that at least one conformer has."""
         return tuple(dict.fromkeys(label for s in self.active for label in s.manifest.labels))
@@ -257,7 +265,9 @@ def open_folder(location: str | Path, section: DataSection) -> DataFolder:
         stall_timeout_s=section.stall_timeout,
         retries=section.retries,
     )
-    return open_dataset(location, verify=section.verify, storage=storage)
+    # A hash would condemn a shard for one block, and be computed again for each of them.
+    verify = "size" if section.on_damage == "skip" else section.verify
+    return open_dataset(location, verify=verify, storage=storage)
 
 
 def open_source(
@@ -319,7 +329,7 @@ def compute_shares(section: DataSection, num_conformers: Sequence[int]) -> tuple
     if not any(num_conformers):  # data to evaluate on
         return (round(1 / len(num_conformers), _SHARE_DIGITS),) * len(num_conformers)
     powers = [(n / max(num_conformers)) ** (1 / section.temperature) for n in num_conformers]
-    return tuple(round(p / sum(powers), _SHARE_DIGITS) for p in powers)
+    return tuple(round(p / math.fsum(powers), _SHARE_DIGITS) for p in powers)
 
 
 def _describe(source: Source, model: ModelSection) -> Member:
@@ -346,8 +356,8 @@ def _count_force_atoms(source: Source) -> int:
     blocks = index.blocks_of_split("train")
     if manifest.label_counts["train"].get("forces", 0) == manifest.num_conformers("train"):
         return int(index.block_atoms[blocks.start : blocks.stop].sum())
-    rows = slice(int(index.block_first[blocks.start]), int(index.block_first[blocks.stop]))
-    has = (index.sample_flags[rows] & FLAGS["forces"]) != 0
-    count = int(index.sample_atoms[rows][has].sum(dtype=np.int64))
-    index.release()
+    count = 0
+    for first in range(blocks.start, blocks.stop, _BLOCKS_AT_A_TIME):
+        found = index.read_samples(np.arange(first, min(first + _BLOCKS_AT_A_TIME, blocks.stop)))
+        count += int(found.atoms[(found.flags & FLAGS["forces"]) != 0].sum(dtype=np.int64))
     return count

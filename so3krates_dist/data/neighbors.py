@@ -20,6 +20,10 @@ MIN_DISTANCE = 1e-3
 """Å; pairs closer than this are refused"""
 MAX_PAIRS = 100_000_000
 """Pairs of one structure; two indices, three translations and a distance, and a copy while they are put in order: some 10 GB"""
+MAX_EXTENT = 10_000.0
+"""Reaches; structures that are longer end the process in the cell list, which counts its cells in 32 bits"""
+MIN_THICKNESS = 0.1
+"""Å; least singular value of the lattice vectors that repeat. Flatter ones have no volume, and a cell list never ends"""
 
 
 @functools.lru_cache(maxsize=2 * MAX_ATOMS_ALL_PAIRS)
@@ -80,7 +84,7 @@ def _pairs_from_cell_list(graph: Graph, reach: float) -> Pairs:
 
 
 def _check_distances(squared: FloatArray, where: str) -> None:
-    if len(squared) and squared.min() < MIN_DISTANCE**2:
+    if len(squared) and not squared.min() >= MIN_DISTANCE**2:  # nor is nan
         raise DataError(
             where,
             f"have its atoms at least {MIN_DISTANCE} Å apart",
@@ -98,7 +102,7 @@ def _estimate_pairs(graph: Graph, reach: float) -> float:
     num_pairs = graph.num_atoms * (graph.num_atoms - 1) / 2
     if math.isinf(reach):
         return num_pairs
-    vectors = np.zeros((0, 3)) if graph.cell is None or graph.pbc is None else np.asarray(graph.cell)[graph.pbc]
+    vectors = _find_vectors(graph)
     open_axes = np.linalg.svd(vectors)[2][len(vectors) :] if len(vectors) < 3 else vectors[:0]
     extents = np.maximum(np.ptp(graph.positions @ open_axes.T, axis=0), 4 / 3 * reach)
     volume = math.sqrt(max(np.linalg.det(vectors @ vectors.T), MIN_DISTANCE**6)) * float(extents.prod())
@@ -106,7 +110,38 @@ def _estimate_pairs(graph: Graph, reach: float) -> float:
     return within_reach if len(vectors) else min(num_pairs, within_reach)
 
 
+def _find_vectors(graph: Graph) -> FloatArray:
+    """Return the lattice vectors that repeat, (num_periodic, 3) in Å."""
+    if graph.cell is None or graph.pbc is None:
+        return np.zeros((0, 3))
+    vectors: FloatArray = np.asarray(graph.cell, np.float64)[np.asarray(graph.pbc, bool)]
+    return vectors
+
+
+def spans_box(graph: Graph) -> bool:
+    """Return whether the lattice vectors of a periodic structure are there, finite and at least `MIN_THICKNESS` apart."""
+    vectors = _find_vectors(graph)
+    thick = (
+        len(vectors) and np.isfinite(vectors).all() and np.linalg.svd(vectors, compute_uv=False).min() >= MIN_THICKNESS
+    )
+    return bool(thick)
+
+
+def _check_box(graph: Graph, reach: float) -> None:
+    """Refuse what the cell list, which is compiled code, would end the process for, or never end with."""
+    where = graph.group or "structure"
+    positions, vectors = np.asarray(graph.positions, np.float64), _find_vectors(graph)
+    if graph.is_periodic and not spans_box(graph):
+        rule, got = "have lattice vectors that span a box where it is periodic", "none, or flat ones"
+        raise DataError(where, rule, got, "Give its cell, or make it a molecule")
+    extents = [*np.ptp(positions, axis=0), *np.linalg.norm(vectors, axis=1)]
+    if math.isfinite(reach) and not max(extents) <= MAX_EXTENT * reach:
+        rule = f"be at most {MAX_EXTENT * reach:g} Å long, {MAX_EXTENT:g} times as far as the model looks"
+        raise DataError(where, rule, f"{max(extents):.3g} Å", "Check its positions and its cell")
+
+
 def _check_number(graph: Graph, reach: float) -> None:
+    _check_box(graph, reach)
     estimate = _estimate_pairs(graph, reach)
     if estimate > MAX_PAIRS:
         far = "any distance" if math.isinf(reach) else f"{reach:g} Å"
@@ -131,7 +166,8 @@ def build_neighbors(graph: Graph, cutoff: float, reach: float | None = None) -> 
         of an atom with its own periodic image is there once for each direction and its opposite together, like any other pair.
 
     Raises:
-        DataError: Two atoms coincide, there are too many pairs, or all pairs of a periodic structure are asked for.
+        DataError: Two atoms coincide, there are too many pairs, a periodic structure has no cell or a flat one, it is longer
+            than `MAX_EXTENT` allows, or all pairs of a periodic structure are asked for.
     """
     reach = cutoff if reach is None else max(reach, cutoff)
     where = graph.group or "structure"
@@ -180,7 +216,7 @@ def find_squared_distances(graph: Graph, reach: float) -> FloatArray:
     Atoms on top of each other are counted like any others.
 
     Raises:
-        DataError: There are too many pairs.
+        DataError: There are too many pairs, a cell is flat, or the structure is longer than `MAX_EXTENT` allows.
     """
     if not graph.is_periodic and graph.num_atoms <= MAX_ATOMS_ALL_PAIRS:
         return _pairs_of_molecule(graph.positions)[3]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
+import numpy.typing as npt
 
 from so3krates_dist.data.permutation import IntArray
 
@@ -35,7 +36,7 @@ def apportion(count: int, rates: Sequence[int]) -> list[int]:
     return counts
 
 
-def cut_evenly(costs: IntArray, block_sizes: IntArray, lanes: int) -> tuple[IntArray, IntArray]:
+def cut_evenly(costs: IntArray, block_sizes: IntArray, lanes: int) -> tuple[npt.NDArray[np.int32], IntArray]:
     """Cut a sequence of conformers into runs of equal cost.
 
     At each cut the conformer of the block there whose cost fits best what the run lacks is moved to the run's end.
@@ -48,7 +49,7 @@ def cut_evenly(costs: IntArray, block_sizes: IntArray, lanes: int) -> tuple[IntA
     Returns:
         The conformers in their new order, and (lanes + 1,) where the runs begin.
     """
-    order = np.arange(len(costs))
+    order = np.arange(len(costs), dtype=np.int32)
     sums = np.concatenate([[0], np.cumsum(costs)])
     total, ends = int(sums[-1]), np.cumsum(block_sizes)
     bounds = np.zeros(lanes + 1, np.int64)

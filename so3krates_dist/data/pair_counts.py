@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from so3krates_dist.data.codec import LABELS
-from so3krates_dist.data.neighbors import MAX_ATOMS_ALL_PAIRS, find_squared_distances
+from so3krates_dist.data.neighbors import MAX_ATOMS_ALL_PAIRS, find_squared_distances, spans_box
 from so3krates_dist.graph import Graph, IntArray
 
 UIntArray = npt.NDArray[np.uint32]
@@ -29,9 +29,6 @@ PERIODIC: Final = 1 << len(LABELS)
 _MAX_COUNTED: Final = 6.0
 """Å; pairs of periodic and large structures are counted up to here, and scaled with the volume beyond"""
 
-_MIN_VOLUME: Final = 1e-6
-"""Å, Å² or Å³ of the lattice vectors that repeat"""
-
 _FAR: Final = np.array(PAIR_CUTOFFS) > _MAX_COUNTED
 _FAR_VOLUMES: Final = (np.array(PAIR_CUTOFFS)[_FAR] / _MAX_COUNTED) ** 3
 _CUTS: Final = len(PAIR_CUTOFFS)
@@ -47,10 +44,10 @@ def count_pairs(graph: Graph) -> UIntArray:
         graph: Structure; its pairs are not needed.
 
     Returns:
-        (5,) counts; zeros where positions are not finite, or a periodic structure has no cell.
+        (5,) counts; zeros where positions are not finite, or a periodic structure has no cell or a flat one.
     """
     stored = dataclasses.replace(graph, positions=np.asarray(graph.positions, np.float32))
-    if not np.isfinite(stored.positions).all() or (graph.is_periodic and not _has_cell(graph)):
+    if not np.isfinite(stored.positions).all() or (graph.is_periodic and not spans_box(graph)):
         return np.zeros(_CUTS, np.uint32)
     squared = find_squared_distances(stored, _MAX_COUNTED)
     counts = np.array([np.count_nonzero(squared < cutoff * cutoff) for cutoff in PAIR_CUTOFFS], np.float64)
@@ -58,14 +55,6 @@ def count_pairs(graph: Graph) -> UIntArray:
         counts[_FAR] = counts[~_FAR][-1] * _FAR_VOLUMES
     most = 2**32 - 1 if graph.is_periodic else graph.num_atoms * (graph.num_atoms - 1) / 2
     return np.rint(np.minimum(counts, most)).astype(np.uint32)
-
-
-def _has_cell(graph: Graph) -> bool:
-    """Return whether the lattice vectors that repeat span something; the cell list would end the process where they do not."""
-    if graph.cell is None or not np.isfinite(graph.cell).all():
-        return False
-    vectors = np.asarray(graph.cell, np.float64)[np.asarray(graph.pbc, bool)]
-    return bool(np.linalg.det(vectors @ vectors.T) > _MIN_VOLUME**2)
 
 
 def estimate_pairs(
@@ -96,14 +85,19 @@ def estimate_pairs(
     above = min(sum(r < cutoff for r in PAIR_CUTOFFS), _CUTS - 1)
     far = table[..., above].astype(np.float64)
     if cutoff < PAIR_CUTOFFS[0] or cutoff > PAIR_CUTOFFS[-1]:
-        estimate = far * (cutoff / PAIR_CUTOFFS[above]) ** 3
+        estimate = far * _cube(cutoff / PAIR_CUTOFFS[above])
     else:
-        inner, outer = PAIR_CUTOFFS[above - 1] ** 3, PAIR_CUTOFFS[above] ** 3
+        inner, outer = _cube(PAIR_CUTOFFS[above - 1]), _cube(PAIR_CUTOFFS[above])
         near = table[..., above - 1].astype(np.float64)
-        estimate = near + (far - near) * ((cutoff**3 - inner) / (outer - inner))
+        estimate = near + (far - near) * ((_cube(cutoff) - inner) / (outer - inner))
     pairs = np.rint(estimate).astype(np.int64)
     periodic = (np.asarray(sample_flags) & PERIODIC) != 0
     return np.where(periodic, pairs, np.minimum(pairs, all_pairs))
+
+
+def _cube(value: float) -> float:
+    """Return the third power; the order of the data hangs on its last bit, which `pow` need not give alike on all machines."""
+    return value * value * value
 
 
 def find_flags(graph: Graph) -> int:

@@ -47,6 +47,10 @@ MIN_CONFORMERS_TO_BALANCE: Final = 4
 COST_UNIT: Final = 100
 """coefficients of the cost count in hundredths"""
 _WEIGHT_UNIT: Final = 10**9
+_BLOCKS_AT_A_TIME: Final = 128
+_LANES_AT_A_TIME: Final = 16
+"""bound the memory of planning a window"""
+_MOST_PAIRS: Final = np.iinfo(np.int32).max
 
 # ------------------------------------------------------------------------------------------------------------- the plan
 
@@ -91,26 +95,33 @@ class PlanSettings:
     """shards whose blocks are shuffled together; 0: all of a source"""
     cost_per_atom: float = 3.0
     cost_per_pair: float = 1.0
+    pair_cutoff: float | None = None
+    """Å; up to where the sources count pairs, here for the record alone; None: all pairs"""
 
 
 @dataclasses.dataclass(eq=False)
 class Window:
     """The conformers of one window in the order of lanes, and in a lane in the order of steps."""
 
-    source: npt.NDArray[np.int32]
+    source: npt.NDArray[np.uint16]
     """(num_conformers,) number of the source"""
     block: npt.NDArray[np.int32]
     """(num_conformers,) training block of that source"""
-    index: npt.NDArray[np.int32]
+    index: npt.NDArray[np.uint16]
     """(num_conformers,) place in the block"""
     atoms: npt.NDArray[np.int32]
     """(num_conformers,)"""
-    pairs: IntArray
+    pairs: npt.NDArray[np.int32]
     """(num_conformers,) estimated neighbour pairs"""
-    costs: IntArray
-    """(num_conformers,) in hundredths"""
     offsets: IntArray
     """(lanes, slots + 1) where the conformers of a lane's slot begin; the last one is the lane's end"""
+    coefficients: tuple[int, int]
+    """cost of an atom and of a pair, in hundredths"""
+
+    @property
+    def costs(self) -> IntArray:
+        """(num_conformers,) in hundredths."""
+        return _add_costs(self.atoms, self.pairs, self.coefficients)
 
     @property
     def num_lanes(self) -> int:
@@ -181,6 +192,7 @@ class Plan:
         assert len(sources) == len(settings.weights) > 0, "one weight for each source"
         self.sources, self.settings = tuple(sources), settings
         self.cursors = tuple(cursors or [0] * len(sources))
+        self._held: tuple[int, Window] | None = None
         self._num_blocks = [len(s.block_sizes) for s in sources]
         # A source keeps its order whatever others come and go.
         self._keys = [_hash_text(s.fingerprint) for s in sources]
@@ -190,14 +202,15 @@ class Plan:
         rates = [Fraction(weight) / mean for weight, mean in zip(settings.weights, means, strict=True)]
         self._rates = [round(rate / sum(rates) * _WEIGHT_UNIT) for rate in rates]
         self._by_cost = settings.batch_size >= MIN_CONFORMERS_TO_BALANCE * settings.lanes
-        self._coefficients = tuple(round(c * COST_UNIT) for c in (settings.cost_per_atom, settings.cost_per_pair))
+        self._coefficients = round(settings.cost_per_atom * COST_UNIT), round(settings.cost_per_pair * COST_UNIT)
         # A single source has whole windows in an epoch; a mixture has no epoch, and neither has what begins in the middle of one.
         self.is_aligned = len(sources) == 1 and self.cursors[0] % self._num_blocks[0] == 0
         self.windows_per_epoch = 0
         if self.is_aligned:
             self._align(int(np.sum(sources[0].block_sizes, dtype=np.int64)))
         else:
-            self._mix(sum(r * m for r, m in zip(self._rates, means, strict=True)) / sum(self._rates))
+            total = sum((r * m for r, m in zip(self._rates, means, strict=True)), start=Fraction(0))
+            self._mix(total / sum(self._rates))
 
     def _align(self, num_conformers: int) -> None:
         """Choose the windows of an epoch and the steps of a window so that steps come out at most of the size asked for."""
@@ -235,6 +248,7 @@ class Plan:
             "shuffle_shards": settings.shuffle_shards,
             "cost_per_atom": self._coefficients[0] / COST_UNIT,
             "cost_per_pair": self._coefficients[1] / COST_UNIT,
+            "pair_cutoff": settings.pair_cutoff,
             "cursors": list(self.cursors),
         }
 
@@ -274,37 +288,50 @@ class Plan:
         counts = zip(before, after, self._num_blocks, strict=True)
         return tuple((first + share * (last - first)) / blocks for first, last, blocks in counts)
 
-    @functools.lru_cache(maxsize=1)  # noqa: B019 - one plan a run; every step of a window asks for it
     def window(self, number: int) -> Window:
         """Return what a window holds, for all lanes.
 
         Args:
             number: Of the window, from zero.
         """
+        if self._held is None or self._held[0] != number:
+            self._held = None  # its memory is free before the next one is made
+            self._held = number, self._make_window(number)
+        return self._held[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Travel to another process without a window."""
+        return {**self.__dict__, "_held": None}
+
+    def _make_window(self, number: int) -> Window:
         blocks = self._list_blocks(number)
         sizes = np.empty(len(blocks), np.int64)
-        atoms, pairs = [], []
-        for source in range(
-            len(self.sources)
-        ):  # all blocks of a source at once, then back into the order of the window
-            own = np.flatnonzero(blocks[:, 0] == source)
-            sizes[own] = self.sources[source].block_sizes[blocks[own, 1]]
-            source_atoms, source_pairs = self.sources[source].sizes(blocks[own, 1])
-            atoms.append(source_atoms)
-            pairs.append(source_pairs)
-        by_source = np.argsort(blocks[:, 0], kind="stable")
-        back = _concatenate_ranges(_starts(sizes[by_source])[np.argsort(by_source, kind="stable")], sizes)
-        all_atoms, all_pairs = np.concatenate(atoms)[back], np.concatenate(pairs)[back]
-        costs = self._coefficients[0] * all_atoms + self._coefficients[1] * all_pairs
-        order, offsets = self._deal(number, costs, sizes)
-        block_of = np.repeat(np.arange(len(blocks)), sizes)[order]
+        for source, known in enumerate(self.sources):
+            own = blocks[:, 0] == source
+            sizes[own] = known.block_sizes[blocks[own, 1]]
+        atoms, pairs = self._measure(blocks, sizes)
+        order, offsets = self._deal(number, _add_costs(atoms, pairs, self._coefficients), sizes)
+        block_of = np.repeat(np.arange(len(blocks), dtype=np.int32), sizes)[order]
         return Window(
-            source=blocks[block_of, 0].astype(np.int32), block=blocks[block_of, 1].astype(np.int32),
-            index=(order - _starts(sizes)[block_of]).astype(np.int32), atoms=all_atoms[order].astype(np.int32),
-            pairs=all_pairs[order], costs=costs[order], offsets=offsets,
+            source=blocks[:, 0].astype(np.uint16)[block_of], block=blocks[:, 1].astype(np.int32)[block_of],
+            index=(order - _starts(sizes).astype(np.int32)[block_of]).astype(np.uint16), atoms=atoms[order],
+            pairs=pairs[order], offsets=offsets, coefficients=self._coefficients,
         )  # fmt: skip
 
     # ----------------------------------------------------------------------------------------------------- from here to there
+
+    def _measure(self, blocks: IntArray, sizes: IntArray) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+        """Return atoms and pairs of all conformers of some blocks, asked for in pieces that stay small in memory."""
+        atoms, pairs = (np.empty(int(sizes.sum()), np.int32) for _ in range(2))
+        starts = _starts(sizes)
+        for source, known in enumerate(self.sources):
+            own = np.flatnonzero(blocks[:, 0] == source)
+            for first in range(0, len(own), _BLOCKS_AT_A_TIME):
+                piece = own[first : first + _BLOCKS_AT_A_TIME]
+                places = _concatenate_ranges(starts[piece], sizes[piece])
+                found_atoms, found_pairs = known.sizes(blocks[piece, 1])
+                atoms[places], pairs[places] = found_atoms, np.minimum(found_pairs, _MOST_PAIRS)
+        return atoms, pairs
 
     def _list_blocks(self, window: int) -> IntArray:
         """Return (num_blocks, 2) source and block of the window, shuffled."""
@@ -355,36 +382,66 @@ class Plan:
             return first, order, ends, None
         return first, order, ends, np.append(np.arange(0, len(shards), size), len(shards))
 
-    def _deal(self, window: int, costs: IntArray, block_sizes: IntArray) -> tuple[IntArray, IntArray]:
+    def _deal(self, window: int, costs: IntArray, block_sizes: IntArray) -> tuple[npt.NDArray[np.int32], IntArray]:
         """Return the conformers in the order of lanes and slots, and (lanes, slots + 1) where each slot begins."""
-        lanes, slots, seed = self.settings.lanes, self.steps_per_window, self.settings.seed
+        lanes, slots = self.settings.lanes, self.steps_per_window
         count = len(costs)
         if self._by_cost:
             order, bounds = cut_evenly(costs, block_sizes, lanes)
             capacities = None
         else:
-            order, bounds = np.arange(count), count * np.arange(lanes + 1) // lanes
+            order, bounds = np.arange(count, dtype=np.int32), count * np.arange(lanes + 1) // lanes
             # Numbered through all lanes, conformer q takes a place of slot q modulo the number of slots.
             whole, rest = np.divmod(bounds, slots)
             filled = whole[:, None] + (np.arange(slots) < rest[:, None])
             capacities = np.diff(filled, axis=0)
+        offsets = np.zeros((lanes, slots + 1), np.int64)
+        for first in range(0, lanes, _LANES_AT_A_TIME):
+            own = slice(first, min(first + _LANES_AT_A_TIME, lanes))
+            lanes_capacities = None if capacities is None else capacities[own]
+            counts = self._fill_slots(window, first, order, costs, bounds[own.start : own.stop + 1], lanes_capacities)
+            offsets[own, 1:] = np.cumsum(counts, axis=1)
+        return order, offsets + bounds[:-1, None]
+
+    def _fill_slots(
+        self,
+        window: int,
+        first: int,
+        order: npt.NDArray[np.int32],
+        costs: IntArray,
+        bounds: IntArray,
+        capacities: IntArray | None,
+    ) -> IntArray:
+        """Put the conformers of some lanes in the order of their slots, in place; return (lanes, slots) how many each has.
+
+        Args:
+            window: Number of the window.
+            first: Number of the first lane.
+            order: (num_conformers,) of the window, lane by lane.
+            costs: (num_conformers,) of the window, as its blocks come.
+            bounds: (lanes + 1,) where these lanes begin in `order`.
+            capacities: (lanes, slots), or None: any number.
+        """
+        lanes, slots, seed = len(bounds) - 1, self.steps_per_window, self.settings.seed
+        own = order[bounds[0] : bounds[-1]]
         lane_of = np.repeat(np.arange(lanes), np.diff(bounds))
         # Heaviest first; what costs the same in an order of chance.
-        chance = hash_integers(order, seed, 3, window)
-        sorting = np.lexsort((chance, -costs[order], lane_of))
-        order = order[sorting]
+        own = own[np.lexsort((hash_integers(own, seed, 3, window), -costs[own], lane_of))]
         # Slots of the same load take their turn in an order of chance, another one in each lane: else the heaviest of all
         # lanes would meet in the same step.
-        turns = np.argsort(hash_integers(np.arange(lanes * slots).reshape(lanes, slots), seed, 6, window), axis=1)
+        numbers = np.arange(first * slots, (first + lanes) * slots).reshape(lanes, slots)
+        turns = np.argsort(hash_integers(numbers, seed, 6, window), axis=1)
         in_turn = None if capacities is None else np.take_along_axis(capacities, turns, axis=1)
-        slot_of = turns[lane_of, pack(costs[order], bounds, slots, in_turn)]
+        slot_of = turns[lane_of, pack(costs[own], bounds - bounds[0], slots, in_turn)]
         if capacities is None:
-            slot_of = match_slots(slot_of, costs[order], lane_of, lanes, permute(slots, seed, 4, window))
+            slot_of = match_slots(slot_of, costs[own], lane_of, lanes, permute(slots, seed, 4, window))
         cell = lane_of * slots + slot_of
-        counts = np.bincount(cell, minlength=lanes * slots).reshape(lanes, slots)
-        offsets = np.zeros((lanes, slots + 1), np.int64)
-        offsets[:, 1:] = np.cumsum(counts, axis=1)
-        return order[np.argsort(cell, kind="stable")], offsets + bounds[:-1, None]
+        order[bounds[0] : bounds[-1]] = own[np.argsort(cell, kind="stable")]
+        return np.bincount(cell, minlength=lanes * slots).reshape(lanes, slots)
+
+
+def _add_costs(atoms: npt.NDArray[Any], pairs: npt.NDArray[Any], coefficients: tuple[int, int]) -> IntArray:
+    return coefficients[0] * atoms.astype(np.int64) + coefficients[1] * pairs.astype(np.int64)
 
 
 def _hash_text(text: str) -> int:

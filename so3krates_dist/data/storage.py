@@ -20,10 +20,9 @@ from typing import Any, BinaryIO, Final
 
 from so3krates_dist.data.cache import Cache, find_cache_folder
 from so3krates_dist.data.http_files import Interrupted, iter_body
+from so3krates_dist.data.manifest import MAX_TEXT_BYTES, read_text
 from so3krates_dist.errors import ConfigError, DataError
 
-MAX_TEXT_BYTES: Final = 1 << 28
-"""largest text that is read into memory; the manifest of ten million conformers has a few MB"""
 FIRST_WAIT_S: Final = 0.5
 """seconds before the second attempt; each further wait is twice as long"""
 MAX_WAIT_S: Final = 30.0
@@ -130,10 +129,7 @@ class LocalStorage(Storage):
         return Path(self.location) / _check_name(self.location, name)
 
     def _read_bytes(self, name: str) -> bytes:
-        try:
-            return (Path(self.location) / name).read_bytes()
-        except OSError as error:
-            raise DataError(self.address(name), "be readable", error.strerror, "Check the folder's name") from error
+        return read_text(Path(self.location) / name)
 
 
 class RemoteStorage(Storage):

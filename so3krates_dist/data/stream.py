@@ -7,20 +7,19 @@ counted; nothing is replaced. Evaluation reads a split from front to back.
 
 import dataclasses
 import signal
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final, cast
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from so3krates_dist.config import ModelSection, RunConfig
-from so3krates_dist.data.batching import Table, unpack
+from so3krates_dist.data.batching import unpack
 from so3krates_dist.data.folder import DataFolder, open_dataset
+from so3krates_dist.data.held import HeldBlocks, count_sizes, list_blocks
 from so3krates_dist.data.mixture import Mixture, Source
-from so3krates_dist.data.neighbors import NeighborPairs
 from so3krates_dist.data.passes import Limits, count_passes, list_passes
 from so3krates_dist.data.plan import Plan, Schedule, Window, lanes_of_rank
 from so3krates_dist.distributed import Rank
@@ -29,6 +28,13 @@ from so3krates_dist.graph import BoolArray, FloatArray, GraphBatch, IntArray, ch
 
 MAX_KEPT_ATOMS: Final = 200_000
 """A training split of at most so many atoms stays in memory"""
+
+MAX_PIPED_BYTES: Final = 2**18
+"""A step of at most so many bytes comes from a worker process through its pipe: shared memory takes a millisecond to hand over"""
+
+MAX_STEPS_OF_TURN: Final = 16
+MAX_BYTES_OF_TURN: Final = 2**20
+"""Without worker processes, so many steps are prepared at a time, or those of so many bytes"""
 
 MAX_KEPT_PAIRS: Final = 5_000_000
 """So many neighbour pairs of these atoms stay in memory (16 bytes each, 40 in periodic structures); the others are found anew.
@@ -45,121 +51,6 @@ def check_allows_box(section: ModelSection, pbc: BoolArray | None, cell: FloatAr
         where: File, split or structure, for the message.
     """
     check_box(pbc, cell, where, sees=section.sees, reach=section.reach, image_density=section.image_density)
-
-
-# ------------------------------------------------------------------------------------------------------------- blocks
-
-
-class HeldBlocks:
-    """Some blocks of several sources in memory, and the neighbour pairs of their conformers as far as they are kept.
-
-    Args:
-        sources: Data sets.
-        blocks: (num_blocks, 2) source and block, ascending, each once.
-        max_kept_pairs: Pairs that are kept once they have been found.
-    """
-
-    def __init__(self, sources: Sequence[Source], blocks: IntArray, max_kept_pairs: int = 0) -> None:
-        self._sources, self._blocks, self._keys = sources, blocks, _to_keys(blocks[:, 0], blocks[:, 1])
-        self._num_kept_pairs, self._max_kept_pairs = 0, max_kept_pairs
-        self._kept_pairs: dict[int, NeighborPairs] = {}
-        self._complaints: dict[int, str] = {}
-        self.table = Table(*_count(sources, blocks))
-
-    def load(self, blocks: IntArray, *, skip_damaged: bool = False) -> None:
-        """Read those of some blocks that have not been read yet, in the order in which they are stored.
-
-        Args:
-            blocks: (num_blocks, 2) source and block.
-            skip_damaged: Leave out blocks that are damaged, instead of raising.
-
-        Raises:
-            DataError: A block is damaged.
-        """
-        places = np.sort(np.searchsorted(self._keys, _to_keys(blocks[:, 0], blocks[:, 1])))
-        for place in places[~self.table.is_there[self.table.first_row[places]]].tolist():
-            source, block = self._blocks[place].tolist()
-            try:
-                self.table.put(place, self._sources[source].read_block(block))
-                self._complaints.pop(place, None)
-            except DataError as error:
-                if not skip_damaged:
-                    raise
-                self._complaints[place] = str(error)
-
-    def find_rows(self, sources: npt.NDArray[Any], blocks: npt.NDArray[Any], indices: npt.NDArray[Any]) -> IntArray:
-        """Return the rows of the table in which conformers are; each array is (num_conformers,)."""
-        rows: IntArray = self.table.first_row[np.searchsorted(self._keys, _to_keys(sources, blocks))] + indices
-        return rows
-
-    def list_complaints(self, rows: IntArray) -> tuple[str, ...]:
-        """Return what is wrong with the blocks of conformers that are not there, one line for each block."""
-        places = sorted(set(self._find_places(rows).tolist())) if len(rows) else ()
-        return tuple(self._complaints[place] for place in places)
-
-    def name_row(self, row: int) -> str:
-        """Return the name of a conformer in messages, `<shard>:<block>:<index>` and its group."""
-        place = int(self._find_places(np.array(row)))
-        source, block = self._blocks[place].tolist()
-        group = self.table.get_group(row)
-        index = row - int(self.table.first_row[place])
-        return f"{self._sources[source].where(block)}:{index}{group and f' ({group})'}"
-
-    def _find_places(self, rows: IntArray) -> IntArray:
-        return np.searchsorted(self.table.first_row, rows, side="right") - 1
-
-    def assemble(self, rows: IntArray, cutoffs: tuple[float, float]) -> torch.Tensor:
-        """Return the bytes of a batch with its neighbour pairs, see `Table.assemble`.
-
-        Args:
-            rows: (num_graphs,) rows of the table.
-            cutoffs: Å, of the short pairs and of all pairs.
-
-        Raises:
-            DataError: Two atoms coincide, or the like.
-        """
-        kept = self._kept_pairs
-        return self.table.assemble(rows, [kept.get(row) or self._find_pairs(row, cutoffs) for row in rows.tolist()])
-
-    def _find_pairs(self, row: int, cutoffs: tuple[float, float]) -> NeighborPairs:
-        try:
-            pairs = self.table.find_pairs(row, *cutoffs)
-        except DataError as error:
-            raise DataError(self.name_row(row), error.rule, error.got, error.remedy) from error
-        if self._num_kept_pairs + len(pairs.first) <= self._max_kept_pairs:
-            self._num_kept_pairs += len(pairs.first)
-            self._kept_pairs[row] = pairs
-        return pairs
-
-
-def _to_keys(sources: npt.NDArray[Any], blocks: npt.NDArray[Any]) -> IntArray:
-    keys: IntArray = (sources.astype(np.int64) << 40) + blocks
-    return keys
-
-
-def _count(sources: Sequence[Source], blocks: IntArray) -> tuple[IntArray, IntArray]:
-    """Return (num_blocks,) conformers and atoms of some blocks."""
-    conformers, atoms = np.zeros(len(blocks), np.int64), np.zeros(len(blocks), np.int64)
-    for number, source in enumerate(sources):
-        own, table = blocks[:, 0] == number, source.data.table
-        places = blocks[own, 1] + _get_start(source)
-        conformers[own] = table.block_first[places + 1] - table.block_first[places]
-        atoms[own] = table.block_atoms[places]
-    return conformers, atoms
-
-
-def _get_start(source: Source) -> int:
-    """Return the number of the first training block, from which sources count their blocks."""
-    return source.data.table.blocks_of_split("train").start
-
-
-def _list_blocks(sources: Sequence[Source], split: str) -> IntArray:
-    """Return (num_blocks, 2) source and block of all blocks of a split."""
-    parts = [np.zeros((0, 2), np.int64)]
-    for number, source in enumerate(sources):
-        blocks = np.array(source.data.table.blocks_of_split(split), np.int64) - _get_start(source)
-        parts.append(np.stack([np.full(len(blocks), number), blocks], axis=1))
-    return np.concatenate(parts)
 
 
 # ------------------------------------------------------------------------------------------------------------ training
@@ -190,9 +81,24 @@ class PackedStep:
         """Return the batches, which share the memory of the buffers."""
         return StepData([unpack(b) for b in self.buffers], self.skipped, self.complaints)
 
+    @property
+    def num_bytes(self) -> int:
+        """Of all buffers."""
+        return sum(b.nbytes for b in self.buffers)
+
+    def __reduce__(self) -> tuple[Callable[..., "PackedStep"], tuple[Any, ...]]:
+        """Travel between processes: torch moves tensors to shared memory, bytes go through the pipe."""
+        if self.num_bytes > MAX_PIPED_BYTES:
+            return PackedStep, (self.buffers, self.skipped, self.complaints)
+        return _from_bytes, ([bytearray(b.numpy()) for b in self.buffers], self.skipped, self.complaints)
+
     def pin_memory(self) -> "PackedStep":
         """Return the buffers in page-locked memory, from where copies to a GPU overlap with computing."""
         return dataclasses.replace(self, buffers=[b.pin_memory() for b in self.buffers])
+
+
+def _from_bytes(contents: Sequence[bytearray], skipped: int, complaints: tuple[str, ...]) -> PackedStep:
+    return PackedStep([torch.frombuffer(c, dtype=torch.uint8) for c in contents], skipped, complaints)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,13 +182,14 @@ class TrainingStream(Dataset[StepData]):
         window = plan.window(number)
         needed = window.blocks_of_lanes(lanes)
         if held is None:
-            every = _list_blocks(sources, "train")
-            keeps = int(_count(sources, every)[1].sum()) <= MAX_KEPT_ATOMS
-            blocks = HeldBlocks(sources, every if keeps else needed, MAX_KEPT_PAIRS if keeps else 0)
+            num_atoms = sum(shard.num_atoms for source in sources for shard in source.manifest.of_split("train"))
+            keeps = num_atoms <= MAX_KEPT_ATOMS
+            every = list_blocks(sources, "train") if keeps else needed
+            blocks = HeldBlocks(sources, every, MAX_KEPT_PAIRS if keeps else 0)
         else:
             keeps, blocks = held.keeps, held.blocks
         blocks.load(needed, skip_damaged=self._on_damage == "skip")
-        own = slice(int(window.offsets[lanes.start, 0]), int(window.offsets[lanes.stop - 1, -1]))
+        own = window.span_lanes(lanes)
         rows = blocks.find_rows(window.source[own], window.block[own], window.index[own])
         self._check_boxes(blocks, rows)
         self._held = _Held(plan, number, window, blocks, keeps, own.start, rows)
@@ -328,13 +235,12 @@ def build_loader(
         DataError: A block is damaged; the same error, whichever process found it.
     """
     on_gpu = device.type == "cuda"
+    carrier = _Carrier(stream)
     if not num_workers:
-        for step in steps:  # torch's loader would add a quarter to the time of a small batch
-            packed = stream.pack(step)
-            yield (packed.pin_memory() if on_gpu else packed).unpack()
+        yield from _prepare_in_turns(carrier, steps, pin=on_gpu)
         return
     loader = DataLoader(
-        _Carrier(stream),
+        carrier,
         batch_size=None,
         sampler=steps,
         num_workers=num_workers,
@@ -348,6 +254,23 @@ def build_loader(
         if isinstance(item, So3kratesError):
             raise item
         yield item.unpack()
+
+
+def _prepare_in_turns(carrier: "_Carrier", steps: Sequence[int], *, pin: bool) -> Iterator[StepData]:
+    """Yield steps that are prepared several at a time where they are small: caches are cold after each step of training."""
+    turn: list[StepData] = []
+    num_bytes = 0
+    for step in steps:
+        item = carrier[step]
+        if isinstance(item, So3kratesError):
+            yield from turn  # what comes before it can be used
+            raise item
+        num_bytes += item.num_bytes
+        turn.append((item.pin_memory() if pin else item).unpack())
+        if len(turn) == MAX_STEPS_OF_TURN or num_bytes > MAX_BYTES_OF_TURN:
+            yield from turn
+            turn, num_bytes = [], 0
+    yield from turn
 
 
 class _Carrier(Dataset[PackedStep | So3kratesError]):
@@ -397,12 +320,12 @@ def iter_batches(
     """
     rank = rank or Rank()
     sources = _list_sources(data)
-    blocks = _list_blocks(sources, split)
+    blocks = list_blocks(sources, split)
     if not len(blocks):
         names = " + ".join(s.name for s in sources)
         remedy = "Make the data set with a larger share for it"
         raise DataError(f"split `{split}` of {names}", "have conformers", "none", remedy)
-    ends = np.cumsum(_count(sources, blocks)[0])
+    ends = np.cumsum(count_sizes(sources, blocks)[0])
     starts = np.concatenate([[0], ends[:-1]])
     members = _take_in_proportion(blocks[:, 0], ends - starts, limit)
     for number, first in enumerate(range(0, len(members), batch_size)):

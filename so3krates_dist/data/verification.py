@@ -15,14 +15,19 @@ from so3krates_dist.data.cache import find_cache_folder
 from so3krates_dist.errors import ConfigError, DataError
 from so3krates_dist.files import hash_file
 
+MAX_SHOWN: Final = 400
+"""Characters of what was found that a message shows"""
 _MARK: Final = b"verified\n"
 MAX_MARKS: Final = 20_000
 """Marks that are kept; when there are more the older half goes"""
 
 
 def refuse_damaged(where: str, rule: str, got: object) -> DataError:
-    """Return the error for bytes that are not those that were written."""
-    return DataError(where, rule, got, "Copy the file again, or make the data set anew")
+    """Return the error for bytes that are not those that were written; what they hold is shown in part, on one line."""
+    text = str(got)
+    shown = text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in shown)
+    return DataError(where, rule, line, "Copy the file again, or make the data set anew")
 
 
 def find_marks() -> Path | None:
@@ -65,7 +70,7 @@ def check_hash(path: Path, sha256: str, where: str) -> None:
 def _hold_mark(path: Path, sha256: str) -> Iterator[IO[bytes] | None]:
     """Open the mark of a file and hold its lock; None where no mark can be kept."""
     status, folder = path.stat(), find_marks()
-    identity = f"{path.resolve()}\0{status.st_size}\0{status.st_mtime_ns}\0{sha256}"
+    identity = f"{path.resolve()}\0{status.st_size}\0{status.st_mtime_ns}\0{status.st_ctime_ns}\0{sha256}"
     with contextlib.ExitStack() as stack:
         mark: IO[bytes] | None = None
         if folder is not None:

@@ -63,6 +63,8 @@ class TrainingState:
     """optimizer steps done; also the position in the data"""
     best_score: float
     """of the best evaluation so far, lower is better: see `train.loop.compute_score`; infinity before the first"""
+    scored_on: str = ""
+    """fingerprints of the data sets whose held-out conformers were evaluated; empty: not known"""
     tensors: dict[str, torch.Tensor]
     """of `TrainingEngine.gather_state`, plus `mean.<name>` of the exponential mean"""
 
@@ -196,6 +198,7 @@ def save_checkpoint(folder: Path, state: TrainingState, *, keep: int) -> Path:
             sync_file(temporary / name)
         best = state.best_score if state.best_score < float("inf") else None
         content: dict[str, Any] = {"format": FORMAT, "step": state.step, "best_score": best, "files": files}
+        content["scored_on"] = state.scored_on
         content["checksum"] = _compute_checksum(content)
         write_text(temporary / MANIFEST_NAME, json.dumps(content, indent=1) + "\n")
         sync_folder(temporary)
@@ -285,5 +288,6 @@ def load_checkpoint(checkpoint: Path) -> TrainingState:
     return TrainingState(
         step=int(content["step"]),
         best_score=float("inf") if best is None else float(best),
+        scored_on=str(content.get("scored_on", "")),
         tensors=load_file(checkpoint / "state.safetensors"),
     )

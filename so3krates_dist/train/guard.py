@@ -1,16 +1,45 @@
-"""What interrupts the usual course of a run: losses that are not finite, and requests to stop.
+"""What interrupts the usual course of a run: losses that are not finite, requests to stop, and errors of single processes.
 
-Both are decided by all processes together, from one sum per step.
+All are decided by all processes together, from one sum.
 """
 
+import contextlib
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
-from so3krates_dist.errors import NonFiniteError
+import torch
+
+from so3krates_dist.distributed import reduce_sum
+from so3krates_dist.errors import DataError, NonFiniteError, So3kratesError
 
 STOP_NAME = "STOP"
 """A file of this name in the run folder asks the run to save and stop"""
+
+
+@contextlib.contextmanager
+def failing_together(device: torch.device) -> Iterator[None]:
+    """End all processes where one of them cannot do what is inside, which none could know that waits for it.
+
+    All processes come here; what is inside must not wait for another one.
+
+    Args:
+        device: Of this process.
+
+    Raises:
+        So3kratesError: In its own words on the process that met it, in others on the rest.
+    """
+    failure: So3kratesError | None = None
+    try:
+        yield
+    except So3kratesError as error:
+        failure = error
+    (failed,) = reduce_sum([float(failure is not None)], device)
+    if failure is not None:
+        raise failure
+    if failed:
+        raise DataError("another process", "be able to start as well", "an error", "Its own message says what to do")
 
 
 class FiniteGuard:

@@ -11,11 +11,11 @@ from typing import Final
 import numpy as np
 
 from so3krates_dist.config import DataSection, ModelSection, RunConfig
+from so3krates_dist.data.folder import check_dataset, check_size
 from so3krates_dist.data.levels import Reference
-from so3krates_dist.data.manifest import SPLITS
+from so3krates_dist.data.manifest import SPLITS, load_manifest
 from so3krates_dist.data.mixture import Mixture
 from so3krates_dist.data.passes import Limits
-from so3krates_dist.data.shards import check_dataset
 from so3krates_dist.data.stream import check_allows_box
 from so3krates_dist.data.verification import verify_once
 from so3krates_dist.errors import ConfigError, DataError
@@ -51,7 +51,7 @@ def open_data(config: RunConfig, reference: Reference | None = None, *, hashes: 
         raise ConfigError("data.folder", "name a data set", "nothing", remedy)
     for location in config.data.sources:
         if "://" not in location:
-            check_shards(Path(location), hashes=hashes)
+            check_files(Path(location), config.data, hashes=hashes)
     mixture = Mixture.open(config.data, config.model, reference)
     for source in mixture.sources:
         if not source.manifest.num_conformers("train"):
@@ -69,8 +69,18 @@ def open_data(config: RunConfig, reference: Reference | None = None, *, hashes: 
     return mixture
 
 
-def check_shards(folder: Path, *, hashes: bool) -> None:
-    """Check the sizes of all files of a data set on disk, and where it is small and that is asked for their hashes."""
+def check_files(folder: Path, section: DataSection, *, hashes: bool) -> None:
+    """Check the sizes of all files of a data set on disk, and where it is small and that is asked for their hashes.
+
+    Where damaged blocks are to be left out, the index alone, which says where they are: shards are looked at block by block.
+    """
+    if section.on_damage == "skip":
+        entry = load_manifest(folder).index
+        if entry is not None:
+            check_size(folder / entry.file, entry.size)
+            if hashes:
+                verify_once(folder / entry.file, entry.sha256, str(folder / entry.file))
+        return
     manifest = check_dataset(folder)
     if hashes and sum(s.size for s in manifest.shards) <= MAX_BYTES_HASHED_FIRST:
         for shard in manifest.shards:

@@ -37,8 +37,9 @@ from so3krates_dist.train import budget, inputs, planning
 from so3krates_dist.train.checkpoint import RunFolder, TrainingState, find_checkpoint, load_checkpoint, save_checkpoint
 from so3krates_dist.train.engine import TrainingEngine
 from so3krates_dist.train.evaluate import EVALUATION_BATCH_SIZE, evaluate
-from so3krates_dist.train.guard import FiniteGuard, StopRequest
+from so3krates_dist.train.guard import FiniteGuard, StopRequest, failing_together
 from so3krates_dist.train.losses import LABELS, WEIGHTS, compute_loss, count_labels
+from so3krates_dist.train.memory import find_available_bytes
 from so3krates_dist.train.optim import WeightMean, compute_learning_rate
 from so3krates_dist.train.probes import collect_probes
 from so3krates_dist.train.window import StepWindow
@@ -194,9 +195,14 @@ class Training:
         state = load_checkpoint(Path(checkpoint))
         self.engine.load_state(state.tensors)
         self.mean.load_state(state.tensors)
+        held_out, before = self.mixture.held_out, state.scored_on
+        is_another = bool(before) and before != held_out
+        if is_another:
+            self.metrics.message(
+                "The best model so far was found with other held-out conformers; the search begins anew"
+            )
         # Without held-out conformers the score is minus the step, which no error would ever beat.
-        held_out = self.mixture.num_conformers("validation")
-        self.best_score = float("inf") if held_out and state.best_score < 0 else state.best_score
+        self.best_score = float("inf") if is_another or (held_out and state.best_score < 0) else state.best_score
         return state.step
 
     def settle_plan(self, step: int) -> TrainingStream:
@@ -208,27 +214,37 @@ class Training:
         measure_cost = planning.needs_cost(self.config, record)
         measure_limits = data.find_limits and (record is None or record.limits is None)
         cost = limits = None
+        potential = self.engine.potential
         if measure_cost or measure_limits:
-            potential = self.engine.potential
-            probes = collect_probes(self.mixture.active, potential.cutoffs)
+            with failing_together(self.device):
+                probes = collect_probes(self.mixture.active, potential.cutoffs)
         if measure_cost:
             cost = budget.fit_cost(potential, probes, section, self.device, self.rank)
-        self.schedule, self.record = planning.build_schedule(
-            self.config, self.mixture, record, step, cost=cost.to_json() if cost else None
-        )
+        with failing_together(self.device):
+            self.schedule, self.record = planning.build_schedule(
+                self.config, self.mixture, record, step, cost=cost.to_json() if cost else None
+            )
+            free = find_available_bytes(self.device, self.rank) if measure_limits else 0
         if measure_limits:
-            most = planning.count_conformers(self.schedule, step, self.rank.world_size)
-            limits = budget.find_limits(potential, probes, section, self.device, self.rank, conformers_per_step=most)
+            limits = budget.find_limits(
+                potential, probes, section, self.device, self.rank, available_bytes=free,
+                conformers_per_step=planning.count_conformers(self.schedule, step, self.rank.world_size),
+            )  # fmt: skip
             self.record = dataclasses.replace(self.record, limits=limits.to_json())
         said = [found.describe() for found in (cost, limits) if found]
         for line in [*said, planning.describe_change(record, self.record)]:
             if line:
                 self.metrics.message(line)
         applied = inputs.find_limits(data, self.record.limits)
-        if data.oversized == "refuse":
-            inputs.check_sizes(self.mixture, applied)
-        if self.record != record and self.rank.is_main:
-            planning.write_record(self.path, self.record)
+        own = planning.identify(self.schedule, step, applied)
+        of_main = broadcast_text(own, self.device)
+        with failing_together(self.device):
+            planning.check_alike(own, of_main, self.rank)
+            if data.oversized == "refuse":
+                inputs.check_sizes(self.mixture, applied)
+        with failing_together(self.device):
+            if self.record != record and self.rank.is_main:
+                planning.write_record(self.path, self.record)
         return TrainingStream(self.schedule, self.config, self.rank.rank, self.rank.world_size, applied)
 
     def count_epochs(self, step: int) -> dict[str, float]:
@@ -361,7 +377,9 @@ class Training:
         """Commit a checkpoint of the whole state, and the latest mean weights as a model."""
         tensors = self.engine.gather_state() | self.mean.get_state()
         if self.rank.is_main:
-            state = TrainingState(step=step, best_score=self.best_score, tensors=tensors)
+            state = TrainingState(
+                step=step, best_score=self.best_score, scored_on=self.mixture.held_out, tensors=tensors
+            )
             save_checkpoint(self.path / "checkpoints", state, keep=self.config.train.keep_checkpoints)
             self.save_model(self.path / "last", step)
         wait_for_all()

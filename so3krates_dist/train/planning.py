@@ -10,6 +10,7 @@ The model's energy baselines and scale stay what they were when the run began, w
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -17,8 +18,10 @@ from typing import Any, Final
 from so3krates_dist.config import RunConfig
 from so3krates_dist.data.levels import Reference
 from so3krates_dist.data.mixture import Mixture, Source, open_source
+from so3krates_dist.data.passes import Limits
 from so3krates_dist.data.plan import Plan, PlanSettings, Schedule, lanes_of_rank
-from so3krates_dist.errors import CheckpointError
+from so3krates_dist.distributed import Rank
+from so3krates_dist.errors import CheckpointError, DataError
 from so3krates_dist.files import write_text
 from so3krates_dist.train.checkpoint import PLAN_NAME, find_absolute, list_checkpoints
 
@@ -27,7 +30,7 @@ FORMAT: Final = 1
 
 _SETTINGS: Final = {
     "version": "the version of the plan", "sources": "data.folders", "fingerprints": "the fingerprint of each data set",
-    "weights": "data.weights", "seed": "run.seed",
+    "weights": "data.weights", "seed": "run.seed", "pair_cutoff": "the cutoff of the model",
 }  # fmt: skip
 """What a field of the plan is called in messages, where that is not `data.<field>`"""
 
@@ -62,7 +65,11 @@ class PlanRecord:
 
 
 def write_record(folder: Path, record: PlanRecord) -> None:
-    """Write `plan.json` into a run folder; rank 0 alone."""
+    """Write `plan.json` into a run folder; rank 0 alone.
+
+    Raises:
+        CheckpointError: The disk is full or the folder is gone.
+    """
     content = {
         "format": FORMAT,
         "segments": [dataclasses.asdict(s) for s in record.segments],
@@ -70,7 +77,11 @@ def write_record(folder: Path, record: PlanRecord) -> None:
         "limits": record.limits,
         "reference": record.reference.to_json(),
     }
-    write_text(folder / PLAN_NAME, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    try:
+        write_text(folder / PLAN_NAME, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    except OSError as error:
+        rule, remedy = "find room on a disk that can be written to", "Free some space and start the same command again"
+        raise CheckpointError(str(folder / PLAN_NAME), rule, error, remedy) from error
 
 
 def read_record(folder: Path) -> PlanRecord | None:
@@ -97,6 +108,9 @@ def read_record(folder: Path) -> PlanRecord | None:
         )  # fmt: skip
         if not segments or segments[0].first_step != 0:
             raise ValueError("no segment from step 0 on")
+        needed = {"sources", "fingerprints", "cursors"} | {f.name for f in dataclasses.fields(PlanSettings)}
+        if missing := sorted({name for s in segments for name in needed - s.fields.keys()}):
+            raise KeyError(", ".join(missing))
         return PlanRecord(
             reference=Reference.from_json(content["reference"]), segments=segments, cost=content["cost"],
             limits=content["limits"],
@@ -115,13 +129,14 @@ def build_settings(config: RunConfig, mixture: Mixture, cost: Mapping[str, Any] 
         mixture: Its data sets.
         cost: Coefficients that were measured; None: take those of the configuration.
     """
-    section = config.data
+    section, cutoff = config.data, config.model.pair_cutoff
     return PlanSettings(
         weights=mixture.shares, seed=config.run.seed, lanes=section.lanes, window_blocks=section.window_blocks,
         batch_size=section.batch_size, shuffle_shards=section.shuffle_shards,
         # A plan counts in hundredths, and a conformer must cost something.
         cost_per_atom=section.cost_per_atom if cost is None else max(cost["cost_per_atom"], 0.01),
         cost_per_pair=section.cost_per_pair if cost is None else cost["cost_per_pair"],
+        pair_cutoff=None if math.isinf(cutoff) else cutoff,
     )  # fmt: skip
 
 
@@ -300,6 +315,27 @@ def describe_change(before: PlanRecord | None, now: PlanRecord) -> str:
     names = [n for n in new if n not in _DERIVED and old.get(n) != new[n]]
     changes = ", ".join(f"{_SETTINGS.get(n, f'data.{n}')} {old.get(n)} -> {new[n]}" for n in names)
     return f"New plan from step {now.segments[-1].first_step} on: {changes}"
+
+
+def identify(schedule: Schedule, step: int, limits: Limits) -> str:
+    """Return on what processes must agree, or they would wait for each other for ever: where they are in which plan, and limits."""
+    plans = ", ".join(f"{first}: {plan.fingerprint}" for first, plan in schedule.segments)
+    return f"step {step} of plan {plans}, limits {limits.max_atoms} and {limits.max_pairs}"
+
+
+def check_alike(own: str, of_main: str, rank: Rank) -> None:
+    """Raise `DataError` where a process has another plan than the first one.
+
+    Args:
+        own: Of `identify`.
+        of_main: That of the first process.
+        rank: This process.
+    """
+    if own != of_main:
+        raise DataError(
+            f"process {rank.rank}", f"go through the data as process 0 does ({of_main})", own,
+            "Give all machines the same data sets, command line and version of this package",
+        )  # fmt: skip
 
 
 def count_conformers(schedule: Schedule, step: int, world_size: int) -> int:

@@ -32,14 +32,16 @@ import webdataset
 from so3krates_dist.config import RunConfig, load_config
 from so3krates_dist.data import shards
 from so3krates_dist.data import stream as stream_module
+from so3krates_dist.data.batching import unpack
 from so3krates_dist.data.folder import open_dataset
+from so3krates_dist.data.held import HeldBlocks
 from so3krates_dist.data.index import FLAGS, PAIR_CUTOFFS, map_index
 from so3krates_dist.data.layout import build_header, sort_columns
 from so3krates_dist.data.mixture import Mixture, Source
 from so3krates_dist.data.neighbors import NeighborPairs, build_neighbors
 from so3krates_dist.data.plan import Plan, PlanSettings
 from so3krates_dist.data.statistics import compute_statistics
-from so3krates_dist.data.stream import HeldBlocks, TrainingStream, build_loader
+from so3krates_dist.data.stream import TrainingStream, build_loader
 from so3krates_dist.graph import Graph, GraphBatch, collate
 from so3krates_dist.train.planning import build_schedule
 
@@ -186,7 +188,7 @@ def read_planned(stream: TrainingStream, steps: range) -> Iterator[GraphBatch]:
         members = window.rows_of_lanes(range(window.num_lanes), slot)
         rows = blocks.find_rows(window.source[members], window.block[members], window.index[members])
         none = NeighborPairs(NOTHING, NOTHING, None, 0)
-        yield stream_module.unpack(blocks.table.assemble(rows, [none] * len(rows)))
+        yield unpack(blocks.table.assemble(rows, [none] * len(rows)))
 
 
 # -------------------------------------------------------------------------------------------------------------- measuring

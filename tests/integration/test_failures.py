@@ -16,7 +16,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from interruptions import flip_byte, train_on_damaged_shard, train_on_nan, train_with_signal
+from interruptions import (
+    flip_byte,
+    train_on_damaged_shard,
+    train_on_data_of_rank,
+    train_on_nan,
+    train_with_signal,
+    train_without_room_for_the_plan,
+)
 from training_setup import (
     find_differences,
     find_free_port,
@@ -207,6 +214,37 @@ def test_a_run_folder_in_use_is_refused(dataset: Path, tmp_path: Path) -> None:
     )
 
 
+class TestTheStartOfSeveralProcesses:
+    """What one of them alone finds out after they have met ends all of them; none waits for ever."""
+
+    def test_other_data_on_another_machine(self, dataset: Path, tmp_path: Path) -> None:
+        """They would do different numbers of passes."""
+        other = make_dataset(tmp_path / "other", num_train=51)
+        outcome = run_processes(
+            tmp_path / "log", 2, train_on_data_of_rank, make_settings("", tmp_path / "run"), dataset, other
+        )
+        assert outcome.codes == (EXIT_DATA, EXIT_DATA), str(outcome)
+        place = r"step 0 of plan 0: \w{16}, limits 0 and 0"
+        rule = rf"process 1 must go through the data as process 0 does \({place}\); got {place}\. Give all machines the same"
+        assert re.search(rf"(?m)^so3krates: {rule} data sets, command line and version", outcome.outputs[1]), str(
+            outcome
+        )
+        line = (
+            "so3krates: another process must be able to start as well; got an error. Its own message says what to do.\n"
+        )
+        assert outcome.outputs[0].endswith(line), str(outcome)
+        assert not (tmp_path / "run" / "plan.json").exists()
+
+    def test_no_room_for_the_plan(self, dataset: Path, tmp_path: Path) -> None:
+        settings = make_settings(dataset, tmp_path / "run")
+        outcome = run_processes(tmp_path / "log", 2, train_without_room_for_the_plan, settings)
+        assert outcome.codes == (EXIT_FAILURE, EXIT_DATA), str(outcome)
+        rule = r"plan\.json must find room on a disk that can be written to; got \[Errno 28\] No space left on device.*\. Free"
+        assert re.search(rf"(?m)^so3krates: .*{rule}", outcome.outputs[0]), str(outcome)
+        assert "so3krates: another process must be able to start as well" in outcome.outputs[1]
+        assert run_processes(tmp_path / "log", 2, train, [*settings, "train.stop_at=2"]).codes == (EXIT_DONE,) * 2
+
+
 class TestCheckpoints:
     def test_a_damaged_one_is_said_and_passed_over(self, dataset: Path, trained: Path, tmp_path: Path) -> None:
         run = copy(trained, tmp_path / "run")
@@ -266,7 +304,8 @@ def test_nan_in_every_step_ends_the_run(dataset: Path, tmp_path: Path, world_siz
 def test_a_shard_that_is_damaged_during_the_run(dataset: Path, tmp_path: Path, num_workers: int) -> None:
     """The rank that meets it says so in one line, with or without worker processes, and the other one ends with it."""
     data, run = copy(dataset, tmp_path / "data"), tmp_path / "run"
-    settings = make_settings(data, run, "train.save_every=2", f"data.num_workers={num_workers}", "data.batch_size=2")
+    # Epochs of 24 steps: the second one is not prepared yet when the damage is done.
+    settings = make_settings(data, run, "train.save_every=2", f"data.num_workers={num_workers}", "data.batch_size=1")
     outcome = run_processes(tmp_path / "log", 2, train_on_damaged_shard, settings, 3, 1)
     assert outcome.codes == (EXIT_DATA, EXIT_DATA), str(outcome)
     own = r"so3krates: .*train-00000\d\.tar:train-\S+ must have the CRC \w+; got \w+\. Copy the file again[^\n]*"
@@ -334,7 +373,7 @@ def test_under_the_launcher_a_rank_that_fails_takes_the_others_down(dataset: Pat
         "import sys\nfrom interruptions import train_on_damaged_shard\n"
         "sys.exit(train_on_damaged_shard([w for w in sys.argv[1:] if not w.startswith('--local_rank')], 3, 1))\n"
     )
-    settings = make_settings(data, run, "train.save_every=2", "data.batch_size=2", "train.num_steps=1000000")
+    settings = make_settings(data, run, "train.save_every=2", "data.batch_size=1", "train.num_steps=1000000")
     code, said, seconds = launch(script, settings, tmp_path / "launcher.txt")
     assert code != EXIT_DONE, said
     assert re.search(r"(?m)^so3krates: .*train-00000\d\.tar:train-\S+ must have the CRC", said), said

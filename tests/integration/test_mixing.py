@@ -162,7 +162,6 @@ class TestDamagedBlocks:
         data, lost = self.damage(root, tmp_path / "data")
         settings = (
             f"data.folder={data}",
-            "data.verify=size",
             "data.on_damage=skip",
             "train.num_steps=18",
             "data.batch_size=4",
@@ -179,6 +178,18 @@ class TestDamagedBlocks:
         )
         rule = rf"so3krates: conformers left out must be at most data\.max_skipped \({2 * lost - 1}\); got {2 * lost}\. Repair"
         assert len(re.findall(rule, said)) == world_size
+
+    def test_a_shard_that_is_cut_short_is_lost_as_a_whole(self, root: Path, tmp_path: Path) -> None:
+        """Whatever data.verify says; one that is gone for good is looked for once in a window, not once for each block."""
+        folder = write_dataset(tmp_path / "data", {"train": make_graphs(30)}, name="cut")
+        shard = open_dataset(folder).manifest.shards[1]
+        with (folder / shard.file).open("r+b") as file:
+            file.truncate(shard.size // 2)
+        settings = (f"data.folder={folder}", "data.on_damage=skip", "train.num_steps=5", "train.forces_weight=0")
+        said = run(tmp_path / "run", *settings, f"data.max_skipped={shard.num_conformers}", world_size=2)
+        line = rf"left out: .*{shard.file} must have {shard.size} bytes; got {shard.size // 2} bytes"
+        assert 1 <= len(re.findall(line, said)) <= 2, said
+        assert read(tmp_path / "run", "train")[-1]["skipped_conformers"] == shard.num_conformers
 
     def test_by_default_it_ends_the_run(self, root: Path, tmp_path: Path) -> None:
         data, _ = self.damage(root, tmp_path / "data")

@@ -90,6 +90,9 @@ def test_folders_that_cannot_be_a_cache(server, tmp_path, monkeypatch):
     (tmp_path / "cache").unlink()
     (tmp_path / "cache" / "shards").mkdir(parents=True)
     (tmp_path / "cache" / "shards").chmod(0o777)
+    planted = tmp_path / "cache" / "shards" / hashlib.sha256(SHARD).hexdigest() / "a.tar"
+    planted.parent.mkdir()
+    planted.write_bytes(bytes(len(SHARD)))
     with pytest.raises(
         DataError, match=r"shards must be a folder that not everyone can write to; got one that everyone can"
     ):
@@ -109,7 +112,10 @@ def raise_no_space(_: int) -> None:
 
 
 def test_the_cache_of_a_user(monkeypatch, tmp_path):
+    monkeypatch.setenv("SO3KRATES_CACHE_DIR", str(tmp_path / "own"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache.find_cache_folder() == tmp_path / "own"
+    monkeypatch.setenv("SO3KRATES_CACHE_DIR", "")
     assert cache.find_cache_folder() == tmp_path / "so3krates-dist"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", "/home/me")

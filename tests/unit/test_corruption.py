@@ -175,7 +175,7 @@ def find_error(read: Callable[[Path], None], folder: Path) -> Exception | None:
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("SO3KRATES_CACHE_DIR", str(tmp_path / "cache"))
 
 
 def test_a_whole_shard_is_read_in_every_way(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from so3krates_dist.data.codec import decode_block
 from so3krates_dist.data.folder import check_dataset, open_dataset
 from so3krates_dist.data.manifest import Manifest
 from so3krates_dist.data.shards import iter_shard
-from so3krates_dist.data.storage import StorageSettings
+from so3krates_dist.data.storage import HttpStorage, StorageSettings
 from so3krates_dist.data.verification import find_marks, verify_once
 from so3krates_dist.errors import DataError
 from so3krates_dist.graph import Graph
@@ -30,7 +30,7 @@ FIXTURE = Path(__file__).parent.parent / "data" / "shards_schema_1"
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch) -> Path:
     """Marks of verified files go to a folder of the test."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("SO3KRATES_CACHE_DIR", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
 
@@ -133,26 +133,43 @@ def test_a_shard_that_is_cut_while_it_is_open_is_noticed(tmp_path: Path) -> None
             dataset.read_block(1)
 
 
-def test_a_file_is_hashed_once_until_it_changes(tmp_path: Path, cache: Path) -> None:
-    """A bit that flips without a trace in the file's times is found by the CRC of its block."""
+def test_a_file_is_hashed_once_until_it_changes(tmp_path: Path, cache: Path, monkeypatch) -> None:
+    """Of a file in another place, or whose times were set back (as copying tools do), nothing is known."""
     manifest, _ = write_set(tmp_path / "set")
     path = tmp_path / "set" / "train-000000.tar"
     with open_dataset(tmp_path / "set", verify="sha256") as dataset:
         dataset.read_block(0)
-    assert len(list((cache / "so3krates-dist" / "verified").iterdir())) == 2, "the index and one shard"
+    assert len(list((cache / "verified").iterdir())) == 2, "the index and one shard"
+    with monkeypatch.context() as patch, open_dataset(tmp_path / "set", verify="sha256") as dataset:
+        patch.setattr("so3krates_dist.data.verification.hash_file", refuse_to_hash)
+        assert len(dataset.read_block(1)) == 3, "not hashed again"
     times = (path.stat().st_atime_ns, path.stat().st_mtime_ns)
     damage_shard(path, "flipped")
     os.utime(path, ns=times)
-    with open_dataset(tmp_path / "set", verify="sha256") as dataset:
-        assert len(dataset.read_block(1)) == 3, "not hashed again"
-        with pytest.raises(DataError, match="000000 must have the CRC"):
-            dataset.read_block(0)
-    os.utime(path, ns=(times[0], times[1] + 1))
+    with open_dataset(tmp_path / "set") as dataset, pytest.raises(DataError, match="000000 must have the CRC"):
+        dataset.read_block(0)
     with (
         open_dataset(tmp_path / "set", verify="sha256") as dataset,
         pytest.raises(DataError, match=rf"000000.tar must have the sha256 {manifest.shards[0].sha256[:12]}\.\.\.; got"),
     ):
         dataset.read_block(1)
+
+
+def refuse_to_hash(path: Path) -> str:
+    raise AssertionError(f"{path} is hashed again")
+
+
+def test_a_disk_that_fails_is_one_line(tmp_path: Path, monkeypatch) -> None:
+    write_set(tmp_path / "set")
+    with open_dataset(tmp_path / "set") as dataset:
+        dataset.read_block(0)
+        monkeypatch.setattr(os, "pread", fail_to_read)
+        with pytest.raises(DataError, match=r"train-000000-000001 must be readable; got Input/output error\. Copy"):
+            dataset.read_block(1)
+
+
+def fail_to_read(*_: int) -> bytes:
+    raise OSError(5, os.strerror(5))
 
 
 def test_a_damaged_file_leaves_no_mark(tmp_path: Path) -> None:
@@ -166,7 +183,8 @@ def test_a_damaged_file_leaves_no_mark(tmp_path: Path) -> None:
 @pytest.mark.parametrize("where", ["a file in the way", "no home"])
 def test_without_a_cache_folder_every_process_hashes(tmp_path: Path, monkeypatch, cache: Path, where: str) -> None:
     if where == "no home":
-        monkeypatch.delenv("XDG_CACHE_HOME")
+        for name in ("SO3KRATES_CACHE_DIR", "XDG_CACHE_HOME"):
+            monkeypatch.delenv(name, raising=False)
         monkeypatch.setattr(Path, "home", staticmethod(_no_home))
         assert find_marks() is None
     else:
@@ -219,7 +237,7 @@ def test_marks_do_not_pile_up(tmp_path: Path, monkeypatch, cache: Path) -> None:
         path = tmp_path / str(number)
         path.write_bytes(path.name.encode())
         verify_once(path, files.hash_file(path), "name")
-    assert 5 <= len(list((cache / "so3krates-dist" / "verified").iterdir())) <= 10
+    assert 5 <= len(list((cache / "verified").iterdir())) <= 10
 
 
 # ------------------------------------------------------------------------------------------------------------ on servers
@@ -259,6 +277,36 @@ def test_a_data_set_on_a_server_is_read_like_one_in_a_folder(tmp_path: Path, ser
     shutil.rmtree(tmp_path / "set")
     with pickle.loads(text) as copy:
         assert len(copy.read_block(3)) == 1, "from the copies"
+
+
+def test_an_index_that_a_small_cache_drops_meanwhile_is_fetched_again(tmp_path: Path, server: str, monkeypatch) -> None:
+    """Other processes may need the room between fetching and opening, and after it."""
+    write_set(tmp_path / "set")
+    dropped = []
+
+    def fetch_and_drop(storage: HttpStorage, name: str, **expected: object) -> Path:
+        path = fetch(storage, name, **expected)
+        if len(dropped) < 2:
+            path.unlink()
+            dropped.append(path)
+        return path
+
+    fetch = HttpStorage.fetch
+    monkeypatch.setattr(HttpStorage, "fetch", fetch_and_drop)
+    with open_dataset(f"{server}/set", storage=StorageSettings(cache=tmp_path / "copies", retries=0)) as dataset:
+        index = dataset.index
+        dropped[0].unlink()
+        assert index.sample_atoms.all()
+        assert index.read_samples([0, 1]).atoms.all()
+    assert len(dropped) == 2
+
+
+def test_who_reads_folders_only_says_so() -> None:
+    rule = (
+        r"http://127\.0\.0\.1/set must be a folder of this machine; got an address of the kind `http:`\. Copy the data"
+    )
+    with pytest.raises(DataError, match=rule):
+        check_dataset(Path("http://127.0.0.1/set"))
 
 
 def test_a_damaged_shard_on_a_server_is_refused(tmp_path: Path, server: str) -> None:

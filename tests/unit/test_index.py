@@ -426,11 +426,16 @@ def read_columns(path: Path) -> dict[str, np.ndarray]:
         ),
         (
             lambda c: {"block_first": np.concatenate([[0, 6, 6], c["block_first"][3:]])},
-            r"must count 6 conformers in train-000000\.tar; got an empty block",
+            "must list blocks of 1 to 65536 conformers, with atoms; got an empty block",
         ),
         (lambda c: {"block_offset": c["block_offset"] + 10**6}, "must give places within the shards; got a block beyond"),
         (lambda c: {"block_offset": c["block_offset"] - 10**6}, "must give places within the shards"),
-        (lambda c: {"block_size": c["block_size"] * 2**22}, "must list blocks of at most 1073741824 bytes; got"),
+        (lambda c: {"block_size": c["block_size"] * 2**22}, "must list blocks of 1 to 1073741824 bytes; got 3"),
+        (lambda c: {"block_size": -c["block_size"]}, "must list blocks of 1 to 1073741824 bytes; got -"),
+        (lambda c: {"block_offset": c["block_offset"] * 0 + (2**63 - 1)}, "must give places within the shards"),
+        (lambda c: {"block_atoms": c["block_atoms"] * np.array([0, *[1] * 10])}, "must list blocks of 1 to 65536 conformers, with"),
+        (lambda c: {n: v[:3] for n, v in c.items() if n.startswith("block_")} | {"block_first": c["block_first"][:4]},
+         "must list the 11 blocks of the manifest; got 3 blocks"),
     ],
 )  # fmt: skip
 def test_an_index_of_another_data_set_is_refused(tmp_path: Path, change, message: str | None) -> None:

@@ -241,3 +241,26 @@ def test_building_again_with_another_reach_starts_anew() -> None:
 def test_an_atom_alone_has_no_pairs(reach: float | None) -> None:
     found = build_neighbors(make_molecule(1, 1.0), 5.0, reach)
     assert (len(found.pair_first), found.num_short_pairs) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"cell": None}, r"here must have lattice vectors that span a box where it is periodic; got none, or flat ones\. Give"),
+        ({"cell": np.zeros((3, 3))}, r"here must have lattice vectors that span a box"),
+        ({"cell": np.full((3, 3), np.nan)}, r"here must have lattice vectors that span a box"),
+        ({"cell": np.full((3, 3), np.inf)}, r"here must have lattice vectors that span a box"),
+        ({"cell": np.diag([0.001, 1000.0, 1000.0])}, r"here must have lattice vectors that span a box"),
+        ({"cell": np.diag([9.0, 9.0, 1e6])}, r"here must be at most 50000 Å long, 10000 times as far .*; got 1e\+06 Å\. Check"),
+        ({"positions": np.full((200, 3), np.nan)}, r"here must be at most 50000 Å long, .*; got nan Å"),
+        ({"positions": np.arange(600).reshape(200, 3) * 1e5, "pbc": None}, r"must be at most 50000 Å long, .*; got 5\.97e\+07 Å"),
+        ({"positions": np.full((2, 3), np.nan), "atomic_numbers": np.full(2, 6, np.uint8), "pbc": None}, r"apart; got nan Å"),
+    ],
+)  # fmt: skip
+def test_what_would_end_the_process_in_the_cell_list_is_refused(change, message: str) -> None:
+    """It divides by zero, or goes on for ever, for cells without a volume and for atoms very far from all others."""
+    positions = np.random.default_rng(0).uniform(0, 30, (200, 3))
+    fields = {"positions": positions, "cell": np.eye(3) * 30, "pbc": np.ones(3, bool)} | change
+    graph = Graph(atomic_numbers=fields.pop("atomic_numbers", np.full(200, 6, np.uint8)), group="here", **fields)
+    with pytest.raises(DataError, match=message):
+        build_neighbors(graph, 5.0)

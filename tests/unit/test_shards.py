@@ -34,7 +34,7 @@ FIXTURE_2 = FIXTURE.with_name("shards_schema_2")
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch) -> Path:
     """Marks of verified files go to a folder of the test."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("SO3KRATES_CACHE_DIR", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
 

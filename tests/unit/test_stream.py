@@ -5,7 +5,6 @@ import dataclasses
 import os
 import pickle
 import signal
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,18 +14,30 @@ import torch
 import webdataset
 from analytic import write_dataset
 from interruptions import flip_byte
+from stream_setup import (
+    CPU,
+    NUM_STEPS,
+    assert_same,
+    count_epoch_steps,
+    get_plan,
+    list_energies,
+    make_first_set,
+    make_second_set,
+    make_stream,
+    read_all_energies,
+    read_energies,
+)
 from torch.utils.data import DataLoader
 from training_setup import make_config, make_dataset, make_graphs
 
 from so3krates_dist.data import stream as stream_module
 from so3krates_dist.data.folder import open_dataset
-from so3krates_dist.data.mixture import Mixture
+from so3krates_dist.data.held import HeldBlocks, list_blocks
+from so3krates_dist.data.mixture import Mixture, Source
 from so3krates_dist.data.neighbors import build_neighbors
 from so3krates_dist.data.passes import Limits
-from so3krates_dist.data.plan import Plan, PlanSettings, Schedule
 from so3krates_dist.data.shards import decode_sample
 from so3krates_dist.data.stream import (
-    HeldBlocks,
     PlannedSteps,
     TrainingStream,
     _start_worker,
@@ -35,76 +46,22 @@ from so3krates_dist.data.stream import (
 )
 from so3krates_dist.distributed import Rank
 from so3krates_dist.errors import DataError
-from so3krates_dist.graph import Graph, GraphBatch, collate
-
-CPU = torch.device("cpu")
-NUM_STEPS = 40
+from so3krates_dist.graph import Graph, collate
 
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Fifty conformers in thirteen blocks; the energy tells which one it is."""
-    return make_dataset(tmp_path_factory.mktemp("stream") / "data")
+    return make_first_set(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
 def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Thirty others."""
-    return make_dataset(tmp_path_factory.mktemp("other") / "data", num_train=30, first_seed=500)
-
-
-def read_energies(folder: Path, split: str = "train") -> list[float]:
-    return [g.energy for g in open_dataset(folder).iter_graphs(split) if g.energy is not None]
+    return make_second_set(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
 def energies(dataset: Path) -> set[float]:
-    found = read_energies(dataset)
-    assert len(set(found)) == len(found) == 50
-    return set(found)
-
-
-def make_schedule(mixture: Mixture, *, seed: int = 0, **sizes: int) -> Schedule:
-    settings = PlanSettings(weights=tuple(s.share for s in mixture.active), seed=seed, **sizes)
-    return Schedule([(0, Plan(mixture.active, settings))])
-
-
-def make_stream(
-    folders: Path | Sequence[Path], rank: int = 0, world_size: int = 1, *settings: str, **options: Limits
-) -> TrainingStream:
-    defaults = ("data.lanes=4", "data.batch_size=3", "data.window_blocks=5")
-    names = [folders] if isinstance(folders, Path) else folders
-    where = ("data.folder=''", f"data.folders=[{','.join(map(str, names))}]")
-    config = make_config("", "run", *where, *defaults, *settings)
-    section = config.data
-    schedule = make_schedule(
-        Mixture.open(section, config.model),
-        lanes=section.lanes, window_blocks=section.window_blocks, batch_size=section.batch_size,
-    )  # fmt: skip
-    return TrainingStream(schedule, config, rank, world_size, **options)
-
-
-def get_plan(stream: TrainingStream) -> Plan:
-    return stream._schedule.segments[-1][1]
-
-
-def count_epoch_steps(stream: TrainingStream) -> int:
-    plan = get_plan(stream)
-    return plan.windows_per_epoch * plan.steps_per_window
-
-
-def list_energies(batches: list[GraphBatch]) -> list[float]:
-    return [float(e) for b in batches if b.energy is not None for e in b.energy]
-
-
-def to_bytes(batch: GraphBatch) -> dict[str, object]:
-    fields = {f.name: getattr(batch, f.name) for f in dataclasses.fields(GraphBatch)}
-    return {n: v.contiguous().numpy().tobytes() if isinstance(v, torch.Tensor) else v for n, v in fields.items()}
-
-
-def assert_same(first: Sequence[GraphBatch], second: Sequence[GraphBatch]) -> None:
-    for one, two in zip(first, second, strict=True):
-        assert to_bytes(one) == to_bytes(two)
+    return read_all_energies(dataset)
 
 
 class TestGlobalBatches:
@@ -173,82 +130,6 @@ class TestGlobalBatches:
             assert_same([batch], [collate([build_neighbors(g, 4.0) for g in graphs])])
 
 
-LANES = 24
-SETTINGS = (f"data.lanes={LANES}", "data.batch_size=40", "data.window_blocks=16", "data.weights=[0.7,0.3]")
-
-
-def make_lane_stream(folders: Sequence[Path], rank: int, world_size: int) -> TrainingStream:
-    """Each pass is one lane, so that batches can be compared whatever the number of processes."""
-    return make_stream(folders, rank, world_size, *SETTINGS, f"train.micro_batches={LANES // world_size}")
-
-
-@pytest.fixture(scope="module")
-def expected_lanes(dataset: Path, other: Path) -> list[list[dict[str, object]]]:
-    """The lanes' batches of each step, as one process without workers has them."""
-    stream = make_lane_stream([dataset, other], 0, 1)
-    return [[to_bytes(b) for b in stream[step].batches] for step in range(14)]
-
-
-class TestResume:
-    """The number of processes and workers may change at any step."""
-
-    WORLDS = (1, 2, 3, 4, 6, 8)
-
-    @pytest.mark.parametrize("world_size", WORLDS)
-    def test_on_another_number_of_processes(self, dataset: Path, other: Path, expected_lanes, world_size: int) -> None:
-        streams = [make_lane_stream([dataset, other], rank, world_size) for rank in range(world_size)]
-        for step in (5, 6, 13, 0):
-            lanes = [to_bytes(b) for s in streams for b in s[step].batches]
-            assert len(lanes) == LANES
-            assert lanes == expected_lanes[step]
-
-    @pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes")  # on a machine of two cores
-    @pytest.mark.parametrize("num_workers", [1, 2, 3])
-    @pytest.mark.parametrize("world_size", WORLDS)
-    def test_with_workers(self, dataset: Path, other: Path, expected_lanes, world_size: int, num_workers: int) -> None:
-        rank = (num_workers + 1) % world_size
-        share = LANES // world_size
-        first = world_size + num_workers
-        loader = build_loader(
-            make_lane_stream([dataset, other], rank, world_size),
-            range(first, first + 3),
-            num_workers=num_workers,
-            device=CPU,
-        )
-        with contextlib.closing(loader):
-            for step, data in enumerate(loader, first):
-                lanes = [to_bytes(b) for b in data.batches]
-                assert lanes == expected_lanes[step][rank * share : (rank + 1) * share]
-
-    def test_each_conformer_once_per_epoch_of_its_source(self, dataset: Path, other: Path) -> None:
-        stream = make_stream([dataset, other], 0, 1, *SETTINGS)
-        plan = get_plan(stream)
-        dealt: Counter[float] = Counter()
-        for window in range(6):
-            for slot in range(plan.steps_per_window):
-                dealt.update(list_energies(stream[window * plan.steps_per_window + slot].batches))
-            for folder, given in zip((dataset, other), plan.blocks_before(window + 1), strict=True):
-                epochs, rest = divmod(given, len(plan.sources[folder == other].block_sizes))
-                times = Counter(dealt[e] for e in read_energies(folder))
-                assert set(times) <= {epochs, epochs + 1}
-                assert (times[epochs + 1] > 0) == (rest > 0)
-        assert epochs >= 1
-
-
-def test_changing_the_plan_in_mid_run(dataset: Path, other: Path) -> None:
-    """After a rebase the steps of the first segment are as they were, and the others follow the new plan from its beginning."""
-    first, second = make_stream(dataset), make_stream([dataset, other], 0, 1, "data.lanes=2")
-    boundary = get_plan(first).steps_per_window
-    cursors = get_plan(first).cursors_at(boundary)
-    plan = get_plan(second)
-    later = Plan(plan.sources, plan.settings, [cursors.get(s.name, 0) for s in plan.sources])
-    joined = TrainingStream(Schedule([(0, get_plan(first)), (boundary, later)]), make_config(dataset, "run"), 0, 1)
-    alone = TrainingStream(Schedule([(0, later)]), make_config(dataset, "run"), 0, 1)
-    for step in (boundary - 1, boundary, boundary + 4, 0):
-        expected = first[step] if step < boundary else alone[step - boundary]
-        assert_same(joined[step].batches, expected.batches)
-
-
 class TestMixture:
     def test_energies_come_on_the_scale_of_the_model(self, dataset: Path, tmp_path: Path) -> None:
         """Another level of theory, whose atoms have other energies: shifted by the difference of the baselines."""
@@ -285,7 +166,11 @@ class TestMixture:
 
 @pytest.mark.parametrize("num_workers", [0, 1, 2])
 class TestLoader:
-    def test_workers_change_nothing(self, dataset: Path, num_workers: int) -> None:
+    @pytest.mark.parametrize("max_piped_bytes", [0, stream_module.MAX_PIPED_BYTES])
+    def test_workers_change_nothing(
+        self, dataset: Path, num_workers: int, max_piped_bytes: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(stream_module, "MAX_PIPED_BYTES", max_piped_bytes)
         stream, expected = make_stream(dataset), make_stream(dataset)
         loader = build_loader(stream, range(13, 29), num_workers=num_workers, device=CPU)
         with contextlib.closing(loader):
@@ -298,6 +183,23 @@ class TestLoader:
         message = r"train-000000\.tar:train-000000-000001 must have the CRC \w+; got \w+\."
         with contextlib.closing(loader), pytest.raises(DataError, match=message):
             list(loader)
+
+    def test_steps_before_a_damaged_block_are_there(
+        self, dataset: Path, tmp_path: Path, num_workers: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(stream_module, "MAX_KEPT_ATOMS", 0)
+        expected = make_stream(dataset, 0, 1, "data.window_blocks=4")
+        plan = get_plan(expected)
+        held = [{b for _, b in plan.window(number).blocks_of_lanes(range(4)).tolist()} for number in range(3)]
+        folder = damage(make_dataset(tmp_path / "data"), min(held[1] - held[0]))
+        stream = make_stream(folder, 0, 1, "data.window_blocks=4", "data.verify=size")
+        found = []
+        loader = build_loader(stream, range(40), num_workers=num_workers, device=CPU)
+        with contextlib.closing(loader), pytest.raises(DataError, match="must have the CRC"):
+            found.extend(loader)
+        assert 0 < len(found) <= plan.steps_per_window
+        for step, data in enumerate(found):
+            assert_same(data.batches, expected[step].batches)
 
     def test_a_damaged_block_is_left_out_and_counted(self, dataset: Path, tmp_path: Path, num_workers: int) -> None:
         folder = damage(make_dataset(tmp_path / "data"), 1)
@@ -502,3 +404,28 @@ def test_atoms_on_top_of_each_other_are_named(dataset: Path) -> None:
     )
     with pytest.raises(DataError, match=message):
         held.assemble(np.array([0, 6]), (4.0, 4.0))
+
+
+def test_a_shard_that_is_gone_is_looked_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not for each of its blocks, which would mean as many downloads; the next window looks again."""
+    folder = make_dataset(tmp_path / "data", num_train=40)
+    config = make_config(folder, "run", "data.on_damage=skip", "data.max_skipped=99")
+    (source,) = Mixture.open(config.data, config.model).sources
+    blocks = list_blocks([source], "train")
+    shard = source.data.manifest.shards[int(source.data.table.block_shard[0])]
+    assert shard.num_blocks > 1
+    (folder / shard.file).rename(tmp_path / "away")
+    read: list[int] = []
+    original = Source.read_block
+    monkeypatch.setattr(Source, "read_block", lambda self, block: read.append(block) or original(self, block))
+    held = HeldBlocks([source], blocks)
+    held.load(blocks, skip_damaged=True)
+    assert len(read) == len(blocks) - shard.num_blocks + 1
+    rows = np.flatnonzero(~held.table.is_there)
+    assert len(rows) == shard.num_conformers
+    complaints = held.list_complaints(rows)
+    assert len(complaints) == shard.num_blocks
+    assert len(set(complaints)) == 1
+    (tmp_path / "away").rename(folder / shard.file)
+    held.load(blocks, skip_damaged=True)
+    assert held.table.is_there.all()

@@ -1,6 +1,7 @@
 """Units of files: given, documented, recognised, or refused."""
 
 import argparse
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -59,7 +60,8 @@ def test_energies_alone_in_the_wrong_unit_are_refused(tmp_path: Path, make_water
     path = write_xyz(tmp_path / "water.xyz", graphs)
     with pytest.raises(
         DataError,
-        match=r"units that agree; got energies that change 23 times as much as the forces say: probably .*kcal/mol. Give",
+        match=r"units that agree; got energies that change 23 times as much as the forces say: probably .*kcal/mol. "
+        r"If that is so, give --energy-unit kcal/mol",
     ):
         run_tool(convert, path, "--out", tmp_path / "set")
 
@@ -130,13 +132,14 @@ def test_what_a_layout_documents_is_taken(tmp_path: Path, make_water, run_tool, 
     path = write_rmd17(tmp_path / "rmd17_water.npz", graphs, KCAL_PER_MOL_EV)
     assert run_tool(convert, path, "--out", tmp_path / "set") == 0
     text = capsys.readouterr().out
-    assert "layout: rmd17 (" in text
+    assert "layout: rmd17 - npz of rMD17" in text
     assert "energy unit: kcal/mol (rMD17's documentation)" in text
     assert "force unit: kcal/mol/Angstrom (rMD17's documentation)" in text
-    assert "licence by this layout's documentation: CC0-1.0" in text
+    assert "level of theory by this layout's documentation: PBE/def2-SVP" in text
+    assert "licence by" not in text, "that of the data is not known by the file's layout"
     assert_same_structures(load_all(tmp_path / "set"), graphs)
     manifest = load_manifest(tmp_path / "set")
-    assert (manifest.level_of_theory, manifest.licence) == ("PBE/def2-SVP", "CC0-1.0")
+    assert (manifest.level_of_theory, manifest.licence) == ("PBE/def2-SVP", "unknown")
     assert manifest.provenance["layout"] == "rmd17"
     words = ["--level-of-theory", "PBE", "--licence", "MIT", "--energy-unit", "kcal/mol"]
     assert run_tool(convert, path, "--out", tmp_path / "given", *words) == 0
@@ -155,3 +158,55 @@ def test_numbers_that_contradict_the_documentation_are_refused(tmp_path: Path, m
         DataError, match=r"units that agree; got energies that change 23 times as much as the forces say"
     ):
         run_tool(convert, path, "--out", tmp_path / "set")
+
+
+def turn(graphs: list[Graph]) -> list[Graph]:
+    return [dataclasses.replace(graph, forces=-graph.forces) for graph in graphs]
+
+
+def test_gradients_are_refused_until_they_are_called_so(tmp_path: Path, make_water, run_tool, capsys) -> None:
+    path, out = write_npz(tmp_path / "water.npz", turn(make_water(40))), tmp_path / "set"
+    message = (
+        "water.npz must have .* units that agree; got energies that fall .*: probably gradients .* give --gradients"
+    )
+    given = ["--energy-unit", "kcal/mol", "--force-unit", "kcal/mol/Angstrom"]
+    for words in ([], given):  # units that are given say nothing about the sign
+        with pytest.raises(DataError, match=message):
+            run_tool(convert, path, "--out", out, *words)
+    assert capsys.readouterr().out.count("probably") == 0, "said once, by the error"
+    assert run_tool(convert, path, "--out", out, "--gradients") == 0
+    assert (
+        "force unit: kcal/mol/Angstrom (energy unit over length unit), gradients with their" in capsys.readouterr().out
+    )
+    assert_same_structures(load_all(out), make_water(40))
+    with pytest.raises(DataError, match=r"got energies that fall .*\. Leave --gradients out"):
+        run_tool(convert, write_npz(tmp_path / "a.npz", make_water(40)), "--out", tmp_path / "a", "--gradients")
+
+
+def test_the_option_that_is_named_puts_it_right(tmp_path: Path, make_water, run_tool) -> None:
+    graphs = [dataclasses.replace(g, forces=-g.forces / KCAL_PER_MOL_EV) for g in make_water(40)]
+    path, out = write_xyz(tmp_path / "water.xyz", graphs), tmp_path / "set"
+    with pytest.raises(DataError, match=r"If that is so, give (.*)\.$") as caught:
+        run_tool(convert, path, "--out", out)
+    options = str(caught.value).rpartition("give ")[2].removesuffix(".").split()
+    assert options == ["--gradients", "--force-unit", "kcal/mol/Angstrom"]
+    assert run_tool(convert, path, "--out", out, *options) == 0
+    assert_same_structures(load_all(out), make_water(40))
+
+
+def test_where_no_unit_explains_it_no_option_is_named(tmp_path: Path, make_water, run_tool) -> None:
+    graphs = [dataclasses.replace(g, positions=3 * g.positions) for g in make_water(40)]
+    path = write_xyz(tmp_path / "water.xyz", graphs)
+    with pytest.raises(
+        DataError, match=r"got bonds of 2\.9\d times their usual lengths.*\. Look up what the file has, and"
+    ):
+        run_tool(convert, path, "--out", tmp_path / "set", "--length-unit", "Angstrom")
+
+
+def test_the_energy_unit_is_told_where_every_second_energy_is_missing(tmp_path: Path, make_water, run_tool) -> None:
+    graphs = make_water(400)
+    for graph in graphs[::2]:
+        graph.energy = np.nan
+    path, out = write_npz(tmp_path / "water.npz", graphs), tmp_path / "set"
+    assert run_tool(convert, path, "--out", out, "--drop-faulty") == 0
+    assert load_manifest(out).provenance["units"]["energy"] == "kcal/mol"

@@ -409,7 +409,7 @@ def test_damaged_pages_of_an_lmdb_are_one_line(tmp_path: Path, rng) -> None:
 
 
 def test_an_empty_file_has_no_structures(tmp_path: Path) -> None:
-    (tmp_path / "a.xyz").touch()
+    (tmp_path / "a.xyz").write_text("\n")
     with pytest.raises(DataError, match=r"a.xyz must hold structures; got none. Check the file"):
         open_layout(tmp_path / "a.xyz", layout="extxyz")
 

@@ -56,7 +56,7 @@ def test_duplicates_of_qm7x_go_with_all_that_was_made_of_them(tmp_path: Path, rn
 def test_labels_of_qm7x_are_of_one_level(tmp_path: Path, rng) -> None:
     write_qm7x(tmp_path / "a.hdf5", rng)
     with open_layout(tmp_path / "a.hdf5") as file:
-        assert (file.level_of_theory, file.licence) == ("PBE0+MBD", "CC-BY-4.0")
+        assert (file.level_of_theory, file.licence) == ("PBE0+MBD", None)
         assert (file.keys["energy"], file.keys["forces"]) == ("ePBE0+MBD", "totFOR")
     for keys in ({"energy": "ePBE0"}, {"forces": "pbe0FOR"}):
         with open_layout(tmp_path / "a.hdf5", keys) as file:

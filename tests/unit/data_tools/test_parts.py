@@ -177,7 +177,7 @@ def wait_until_gone(children: list[int]) -> None:
 
 
 def test_killed_while_the_data_set_is_written_and_started_again(tmp_path: Path, make_water, run_tool) -> None:
-    path = write_npz(tmp_path / "water.npz", make_water(3000))
+    path = write_npz(tmp_path / "water.npz", make_water(1500))
     out, words = tmp_path / "set", [*WORDS[:-1], 1000]
     process = start(path, out, *words)
     wait_for((tmp_path / ".set.tmp" / "content" / "train-000000.tar").exists, process)
@@ -283,9 +283,13 @@ def test_missing_chunks_are_named(tmp_path: Path, source: Path, run_tool) -> Non
     out = tmp_path / "set"
     run_tool(convert, source, "--out", out, *WORDS, "--part", "2/3")
     rule = (
-        r"\.set\.parts must hold all 13 chunks; got 4 of them, without 0, 2, 3, 5, 6, 8, 9, 11, 12. Convert the parts"
+        r"\.set\.parts must hold all 13 chunks; got 4 of them, without 0, 2, 3, 5, 6, 8, 9, 11, 12. "
+        r"Convert what is missing: --part K/3 with K = 1, 3."
     )
     with pytest.raises(DataError, match=rule):
+        run_tool(merge, out)
+    run_tool(convert, source, "--out", out, *WORDS, "--part", "1/2")
+    with pytest.raises(DataError, match=r"without 3, 5, 9, 11. Convert what is missing: chunk C belongs to part C % N"):
         run_tool(merge, out)
     with pytest.raises(DataError, match=r"other must have parts to be merged; got no folder for them. Convert first"):
         run_tool(merge, tmp_path / "other")

@@ -260,14 +260,22 @@ def test_histograms_count_all_values_once() -> None:
 def test_histograms_of_whole_numbers_have_bins_around_them() -> None:
     few = Histogram.fit(np.full(10, 9.0), least=4.0, whole=True)
     few.add(np.array([9.0, 9.0, 10.0, 27.0]))
-    assert few.edges[:3].tolist() == [8.5, 9.5, 10.5]
-    assert few.counts[:2].tolist() == [2, 1]
+    assert few.edges.tolist() == [6.5, 7.5, 8.5, 9.5, 10.5, 11.5], "the only size is in the middle"
+    assert few.counts.tolist() == [0, 0, 2, 1, 0]
     assert few.num_above == 1
+    assert Histogram.fit(np.ones(10), least=4.0, whole=True).edges[0] == 0.5, "no structure has no atoms"
     many = Histogram.fit(np.arange(2.0, 500.0), least=4.0, whole=True)
     many.add(np.arange(2.0, 500.0))
     assert len(many.counts) <= 62
     assert np.unique(np.diff(many.edges)).tolist() == [10.0]
     assert Histogram.fit(np.zeros(0), least=4.0).edges[-1] == 4.0
+
+
+def test_a_histogram_of_one_value_is_a_bar_in_the_middle() -> None:
+    one = Histogram.fit(np.full(10, 8.0), least=4.0)
+    one.add(np.full(10, 8.0))
+    assert one.counts.tolist() == [0, 0, 10, 0, 0]
+    assert one.edges.tolist() == pytest.approx([6.0, 6.8, 7.6, 8.4, 9.2, 10.0])
 
 
 # ----------------------------------------------------------------------------------------------------------- structures

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,21 @@ class TestFirstChecks:
             ConfigError, match=r"data\.folder must name a data set; got nothing\. Set data\.folder=FOLDER"
         ):
             open_data(make_config("''", tmp_path), hashes=True)
+
+    def test_the_index_is_checked_even_where_blocks_may_be_damaged(self, dataset: Path, tmp_path: Path) -> None:
+        """It says what the order of the data is; shards are looked at block by block."""
+        data = tmp_path / "data"
+        shutil.copytree(dataset, data)
+        (data / "train-000000.tar").write_bytes(b"")
+        skip = make_config(data, tmp_path, "data.on_damage=skip", "data.max_skipped=9")
+        open_data(skip, hashes=True)
+        with pytest.raises(DataError, match=r"train-000000\.tar must have \d+ bytes; got 0 bytes\. Copy"):
+            open_data(make_config(data, tmp_path), hashes=True)
+        content = bytearray((data / "index.safetensors").read_bytes())
+        content[-1] ^= 1
+        (data / "index.safetensors").write_bytes(content)
+        with pytest.raises(DataError, match=r"index\.safetensors must have the sha256 \w+\.\.\.; got"):
+            open_data(skip, hashes=True)
 
     def test_a_weight_without_labels(self, dataset: Path, tmp_path: Path) -> None:
         config = make_config(dataset, tmp_path, "train.stress_weight=1.0")

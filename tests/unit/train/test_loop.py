@@ -107,8 +107,9 @@ class TestBestModel:
         training = object.__new__(Training)
         training.config, training.rank, training.best_score = make_config("data", "run"), Rank(), float("inf")
         training.path, training.device = Path("run"), torch.device("cpu")
-        training.mixture = types.SimpleNamespace(num_conformers=lambda _: 4)  # type: ignore[assignment]
-        training.metrics = types.SimpleNamespace(log=lambda *_: None)  # type: ignore[assignment]
+        mixture = types.SimpleNamespace(num_conformers=lambda _: 4, held_out="a")
+        training.mixture = mixture  # type: ignore[assignment]
+        training.metrics = types.SimpleNamespace(log=lambda *_: None, message=lambda _: None)  # type: ignore[assignment]
         potential = types.SimpleNamespace(cutoffs=(4.0, 4.0))
         training.mean = types.SimpleNamespace(potential=potential, load_state=lambda _: None)  # type: ignore[assignment]
         training.engine = types.SimpleNamespace(load_state=lambda _: None)  # type: ignore[assignment]
@@ -154,6 +155,20 @@ class TestBestModel:
         training.validate(8)
         training.validate(9)
         assert saved == [8]
+
+    @pytest.mark.parametrize(("scored_on", "best"), [("a", []), ("", []), ("b", [8]), ("a b", [8])])
+    def test_errors_of_other_conformers_are_not_compared(
+        self, monkeypatch: pytest.MonkeyPatch, scored_on: str, best: list[int]
+    ) -> None:
+        """Data sets that are harder to learn came in with a rebase: no later model would ever be the best."""
+        saved: list[int] = []
+        training = self.make(monkeypatch, [{"forces_mae": 0.4}, {"forces_mae": 0.6}], saved)
+        state = TrainingState(step=7, best_score=0.3, scored_on=scored_on, tensors={})
+        monkeypatch.setattr(loop, "load_checkpoint", lambda _: state)
+        training.resume("checkpoint")
+        training.validate(8)
+        training.validate(9)
+        assert saved == best
 
 
 def test_training_learns(dataset: Path, tmp_path: Path) -> None:

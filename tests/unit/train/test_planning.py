@@ -12,6 +12,7 @@ from analytic import write_dataset
 from training_setup import make_config, make_dataset, make_graphs
 
 from so3krates_dist.config import RunConfig
+from so3krates_dist.data import stream as stream_module
 from so3krates_dist.data.mixture import Mixture
 from so3krates_dist.data.plan import Plan, Schedule
 from so3krates_dist.data.stream import TrainingStream
@@ -30,6 +31,7 @@ from so3krates_dist.train.planning import (
     write_record,
 )
 
+EMPTY_SEGMENT: dict[str, object] = {"first_step": 0, "fields": {}, "locations": [], "given": {}}
 COST = {"cost_per_atom": 7.0, "cost_per_pair": 1.0, "num_passes": 3}
 
 
@@ -114,6 +116,7 @@ class TestFile:
             ("", "JSONDecodeError"), ("[]", "TypeError"), ("{}", "KeyError: 'format'"), ('{"format": 1}', "KeyError: 'segments'"),
             ('{"format": 1, "segments": []}', "ValueError: no segment from step 0 on"), ('{"format": "x"}', "ValueError"),
             ('{"format": 1, "segments": [3]}', "TypeError"),
+            (json.dumps({"format": 1, "segments": [EMPTY_SEGMENT]}), "KeyError: 'batch_size, "),
         ],
     )  # fmt: skip
     def test_damage(self, tmp_path: Path, text: str, finding: str) -> None:
@@ -182,8 +185,20 @@ class TestChanges:
             "cost_per_pair",
             "weights",
             "seed",
+            "pair_cutoff",
         }
         assert {f.name for f in dataclasses.fields(planning.PlanSettings)} == compared
+
+    def test_what_the_sizes_of_conformers_depend_on(self, root: Path) -> None:
+        """Another cutoff fills the steps otherwise: it must show in the fingerprint."""
+        plans = []
+        for cutoff in (4.0, 5.5):
+            schedule, record = begin(root / "a", more=(f"model.cutoff={cutoff}",))
+            assert record.segments[0].fields["pair_cutoff"] == cutoff
+            plans.append(schedule.segments[0][1])
+        assert plans[0].fingerprint != plans[1].fingerprint
+        _, record = begin(root / "a", more=("model.name=so3lr",))
+        assert "pair_cutoff" in json.loads(json.dumps(record.segments[0].fields, allow_nan=False))
 
     @pytest.mark.parametrize(
         ("others", "name"), [(("b", "a"), "data.folders"), (("a",), "data.folders"), (("a", "b", "c"), "data.folders")]
@@ -351,8 +366,12 @@ class TestRebase:
         assert same == changed
         assert {name for name, _, _ in list_conformers(schedule, 2 * length, 2 * length + 5)} == {"b"}
 
-    def test_processes_that_the_old_lanes_do_not_divide_among(self, root: Path) -> None:
+    @pytest.mark.parametrize("max_kept_atoms", [stream_module.MAX_KEPT_ATOMS, 0])
+    def test_processes_that_the_old_lanes_do_not_divide_among(
+        self, root: Path, monkeypatch: pytest.MonkeyPatch, max_kept_atoms: int
+    ) -> None:
         """Three processes: a window that was begun with two lanes is finished by two of them."""
+        monkeypatch.setattr(stream_module, "MAX_KEPT_ATOMS", max_kept_atoms)
         folders = (root / "a", root / "b")
         first, record = begin(*folders)
         schedule, _, config = go_on(record, 1, *folders, more=("data.lanes=3",))
