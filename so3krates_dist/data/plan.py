@@ -196,6 +196,7 @@ class Plan:
         self._num_blocks = [len(s.block_sizes) for s in sources]
         # A source keeps its order whatever others come and go.
         self._keys = [_hash_text(s.fingerprint) for s in sources]
+        self._shards = [_list_shards(s.block_shards, settings.shuffle_shards) for s in sources]
         # Fractions: sums of floats come out differently in other versions of Python.
         means = [Fraction(int(np.sum(s.block_sizes, dtype=np.int64)), len(s.block_sizes)) for s in sources]
         # A share of conformers becomes a share of blocks, which hold different numbers of them.
@@ -351,9 +352,13 @@ class Plan:
     def _order(self, source: int, epoch: int, positions: IntArray) -> IntArray:
         """Return the blocks at some positions of a source's epoch."""
         seed, count = self.settings.seed, self._num_blocks[source]
-        first, order, ends, groups = self._group_shards(source, epoch)
-        if groups is None:
+        shards = self._shards[source]
+        if shards is None:
             return permute_at(positions, count, seed, 1, self._keys[source], epoch)
+        first, counts = shards
+        order = permute(len(first), seed, 5, self._keys[source], epoch)
+        ends = np.cumsum(counts[order])
+        groups = np.append(np.arange(0, len(first), self.settings.shuffle_shards), len(first))
         begins = np.concatenate([[0], ends])
         bounds = begins[groups]
         group_of = np.searchsorted(bounds, positions, side="right") - 1
@@ -367,20 +372,6 @@ class Plan:
         shard = np.searchsorted(ends, places, side="right")
         found: IntArray = first[order[shard]] + places - begins[shard]
         return found
-
-    @functools.lru_cache(maxsize=8)  # noqa: B019 - as above
-    def _group_shards(self, source: int, epoch: int) -> tuple[IntArray, IntArray, IntArray, IntArray | None]:
-        """Return each shard's first block, the order of shards, where each ends in it, and where groups of them begin.
-
-        The last is None where all shards of the source are shuffled together.
-        """
-        shards, first, counts = np.unique(self.sources[source].block_shards, return_index=True, return_counts=True)
-        size = self.settings.shuffle_shards
-        order = permute(len(shards), self.settings.seed, 5, self._keys[source], epoch)
-        ends = np.cumsum(counts[order])
-        if not 0 < size < len(shards):
-            return first, order, ends, None
-        return first, order, ends, np.append(np.arange(0, len(shards), size), len(shards))
 
     def _deal(self, window: int, costs: IntArray, block_sizes: IntArray) -> tuple[npt.NDArray[np.int32], IntArray]:
         """Return the conformers in the order of lanes and slots, and (lanes, slots + 1) where each slot begins."""
@@ -442,6 +433,14 @@ class Plan:
 
 def _add_costs(atoms: npt.NDArray[Any], pairs: npt.NDArray[Any], coefficients: tuple[int, int]) -> IntArray:
     return coefficients[0] * atoms.astype(np.int64) + coefficients[1] * pairs.astype(np.int64)
+
+
+def _list_shards(block_shards: npt.NDArray[Any], group: int) -> tuple[IntArray, IntArray] | None:
+    """Return the first block of each shard and how many blocks it has; None where all shards are shuffled together."""
+    if not group:
+        return None
+    _, first, counts = np.unique(block_shards, return_index=True, return_counts=True)
+    return (first, counts) if group < len(first) else None
 
 
 def _hash_text(text: str) -> int:

@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import random
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import loopback
@@ -14,22 +13,11 @@ import pytest
 from loopback import Loopback
 from storage_setup import SHARD, fetch, list_cache, make_settings
 
-from so3krates_dist.data import cache, storage
+from so3krates_dist.data import cache
 from so3krates_dist.data.storage import StorageSettings, open_storage
 from so3krates_dist.errors import ConfigError, DataError
 
-
-@pytest.fixture(autouse=True)
-def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "FIRST_WAIT_S", 0.01)
-
-
-@pytest.fixture
-def server() -> Iterator[Loopback]:
-    with loopback.serve() as state:
-        state.files["/set/a.tar"] = SHARD
-        state.files["/set/manifest.json"] = b'{"name": "x"}'
-        yield state
+pytestmark = pytest.mark.usefixtures("short_waits")
 
 
 def make_files(server: Loopback, names: str, size: int = 100) -> dict[str, bytes]:

@@ -314,7 +314,7 @@ class TestOrder:
         near = sum(asked)
         asked.clear()
         plan.window(10**12)
-        assert sum(asked) == near == 10 or sum(asked) <= near + 1
+        assert sum(asked) == near > 0
 
 
 class TestBalance:

@@ -21,18 +21,7 @@ from so3krates_dist.data import storage
 from so3krates_dist.data.storage import StorageSettings, open_storage
 from so3krates_dist.errors import ConfigError, DataError
 
-
-@pytest.fixture(autouse=True)
-def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "FIRST_WAIT_S", 0.01)
-
-
-@pytest.fixture
-def server() -> Iterator[Loopback]:
-    with loopback.serve() as state:
-        state.files["/set/a.tar"] = SHARD
-        state.files["/set/manifest.json"] = b'{"name": "x"}'
-        yield state
+pytestmark = pytest.mark.usefixtures("short_waits")
 
 
 # Where a data set may be

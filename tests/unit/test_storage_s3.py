@@ -10,25 +10,13 @@ from collections.abc import Iterator
 
 import loopback
 import pytest
-from loopback import Loopback
 from storage_setup import SECRET, SHARD, fetch, list_cache, make_settings
 
 from so3krates_dist.data import storage
 from so3krates_dist.data.storage import open_storage
 from so3krates_dist.errors import DataError
 
-
-@pytest.fixture(autouse=True)
-def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "FIRST_WAIT_S", 0.01)
-
-
-@pytest.fixture
-def server() -> Iterator[Loopback]:
-    with loopback.serve() as state:
-        state.files["/set/a.tar"] = SHARD
-        state.files["/set/manifest.json"] = b'{"name": "x"}'
-        yield state
+pytestmark = pytest.mark.usefixtures("short_waits")
 
 
 @pytest.fixture

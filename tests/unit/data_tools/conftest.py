@@ -48,3 +48,9 @@ def make_water() -> Callable[..., list[Graph]]:
         return graphs
 
     return make
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """Return what random files are made with."""
+    return np.random.default_rng(11)

@@ -11,6 +11,7 @@ import h5py
 import numpy as np
 from ase.calculators.singlepoint import SinglePointCalculator
 
+from data_tools.formats import OpenFile, open_layout
 from so3krates_dist.graph import Graph
 
 Expected = list[tuple[str, Graph]]
@@ -250,3 +251,12 @@ def assert_same(found: Graph, expected: Graph, where: str = "") -> None:
         assert (first is None) == (second is None), f"{where} {name}"
         if first is not None:
             np.testing.assert_array_equal(first, second, err_msg=f"{where} {name}")
+
+
+def read_all(file: OpenFile, size: int = 1000) -> dict:
+    return {name: item for chunk in file.chunks(size) for name, item in file.read_records(chunk)}
+
+
+def read_first(path: Path, **keys: str) -> object:
+    with open_layout(path, keys) as file:
+        return next(iter(file.read(file.chunks(1)[0])))

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from format_files import (
     assert_same,
+    read_all,
+    read_first,
     write_extxyz,
     write_gems,
     write_npz,
@@ -15,23 +17,8 @@ from format_files import (
     write_sgdml,
 )
 
-from data_tools.formats import OpenFile, Units, npz, open_layout
+from data_tools.formats import Units, npz, open_layout
 from so3krates_dist.errors import DataError
-
-
-@pytest.fixture
-def rng() -> np.random.Generator:
-    return np.random.default_rng(11)
-
-
-def read_all(file: OpenFile, size: int = 1000) -> dict:
-    return {name: item for chunk in file.chunks(size) for name, item in file.read_records(chunk)}
-
-
-def read_first(path: Path, **keys: str) -> object:
-    with open_layout(path, keys) as file:
-        return next(iter(file.read(file.chunks(1)[0])))
-
 
 # ----------------------------------------------------------------------------------------------------------------- npz
 

@@ -17,6 +17,8 @@ from format_files import (
     WATER,
     assert_same,
     make_graph,
+    read_all,
+    read_first,
     to_atoms,
     write_ase_db,
     write_aselmdb,
@@ -24,23 +26,8 @@ from format_files import (
     write_traj,
 )
 
-from data_tools.formats import OpenFile, Units, ase_files, aselmdb, extxyz, open_layout
+from data_tools.formats import Units, ase_files, aselmdb, extxyz, open_layout
 from so3krates_dist.errors import DataError
-
-
-@pytest.fixture
-def rng() -> np.random.Generator:
-    return np.random.default_rng(11)
-
-
-def read_all(file: OpenFile, size: int = 1000) -> dict:
-    return {name: item for chunk in file.chunks(size) for name, item in file.read_records(chunk)}
-
-
-def read_first(path: Path, **keys: str) -> object:
-    with open_layout(path, keys) as file:
-        return next(iter(file.read(file.chunks(1)[0])))
-
 
 # -------------------------------------------------------------------------------------------------------------- extxyz
 
