@@ -35,6 +35,10 @@ from so3krates_dist.units import ENERGY_UNITS, LENGTH_UNITS
 DEFAULT_MAX_FORCE: Final = 300.0
 """eV/Å; collected sets hold strained structures, a failed calculation is further off"""
 _EPILOG: Final = """\
+Labels are energy, forces, stress, dipole, partial_charges and hirshfeld_ratios. A number `loss_weight` of each
+structure (in the comment of extxyz, an array over conformers in npz and HDF5; 1 where there is none) is the factor
+of its errors in the training loss, zero or greater.
+
 Dipoles are taken as e times the length unit; those in Debye have to be converted before. In charged structures their
 origin is the centre of mass.
 
@@ -54,8 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="data set to write; must not exist")
     parser.add_argument("--layout", metavar="NAME", help=f"default: recognised; one of {', '.join(LAYOUTS)}")
     parser.add_argument(
-        "--keys", nargs="+", default=[], metavar="LABEL=KEY", help="e.g. energy=REF_energy forces=REF_forces"
-    )
+        "--keys", nargs="+", default=[], metavar="LABEL=KEY",
+        help="e.g. energy=REF_energy forces=REF_forces loss_weight=config_weight",
+    )  # fmt: skip
     _add_units(parser)
     parser.add_argument(
         "--isolated-atoms", type=Path, metavar="FILE", help="single atoms with energies, same keys and units"

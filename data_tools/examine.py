@@ -16,6 +16,7 @@ from data_tools import gate
 from data_tools.split import find_split
 from so3krates_dist.data import shards
 from so3krates_dist.data.index import Index, count_pairs, find_flags
+from so3krates_dist.data.loss_weights import WeightSums
 from so3krates_dist.data.shards import Block, IndexEntry, Manifest, ShardEntry
 from so3krates_dist.data.statistics import hash_geometry
 from so3krates_dist.errors import DataError
@@ -77,6 +78,7 @@ class ShardReport:
     groups: Counter[str] = dataclasses.field(default_factory=Counter)
     labels: Counter[str] = dataclasses.field(default_factory=Counter)
     elements: set[int] = dataclasses.field(default_factory=set)
+    weights: WeightSums = dataclasses.field(default_factory=WeightSums)
     hashes: list[int] = dataclasses.field(default_factory=list)
     """of the conformers' geometries"""
     numbers: list[int] = dataclasses.field(default_factory=list)
@@ -192,6 +194,7 @@ def _examine_conformers(block: Block, where: str, split: str, settings: Settings
     report.num_conformers += len(block)
     report.elements.update(np.unique(block.columns["atomic_numbers"]).tolist())
     report.labels.update({label: int(block.has(label).sum()) for label in shards.LABELS})
+    report.weights.add(block.columns.get("loss_weight", np.ones(len(block), np.float32)))
     check_masks(block, where, report.findings)
     sound = []
     for index, graph in enumerate(block):

@@ -54,6 +54,7 @@ _SHAPES: Final[dict[str, tuple[int | str, ...]]] = {
     "dipole": (3,),
     "partial_charges": ("num_atoms",),
     "hirshfeld_ratios": ("num_atoms",),
+    "loss_weight": (),
 }
 _KINDS: Final = {"atomic_numbers": "iu", "pbc": "b"}
 """numpy's kinds of number that a field may have; the others hold real numbers"""
@@ -89,6 +90,7 @@ def find_problem(graph: Graph, max_force: float) -> Problem | None:
         _find_distance_problem,
         functools.partial(_find_force_problem, max_force=max_force),
         find_parity_problem,
+        _find_weight_problem,
     )
     return next((problem for check in checks if (problem := check(graph)) is not None), None)
 
@@ -256,6 +258,12 @@ def find_parity_problem(graph: Graph) -> Problem | None:
         got = f"{round(electrons)} electrons with {unpaired:g} unpaired at charge {graph.total_charge:g}"
         return Problem(ELECTRON_REASONS[1], "have as many paired electrons as come in pairs", got)
     return None
+
+
+def _find_weight_problem(graph: Graph) -> Problem | None:
+    if graph.loss_weight >= 0:
+        return None
+    return Problem("loss_weight below zero", "have a loss_weight of zero or more", f"{graph.loss_weight:g}")
 
 
 def find_doubts(graph: Graph) -> list[Problem]:

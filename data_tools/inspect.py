@@ -9,7 +9,7 @@ import numpy as np
 
 from data_tools import drawing, gate, quarantine, report, survey
 from data_tools.console import print_table, say
-from so3krates_dist.data import shards
+from so3krates_dist.data import loss_weights, shards
 from so3krates_dist.data.neighbors import build_neighbors
 from so3krates_dist.errors import DataError
 from so3krates_dist.graph import ELEMENT_SYMBOLS, FloatArray, Graph
@@ -81,6 +81,9 @@ def print_report(manifest: shards.Manifest) -> None:
     if len(ranked) > _MAX_GROUPS:
         say(f"  and {len(ranked) - _MAX_GROUPS} more groups")
     _print_statistics(manifest.statistics)
+    counts = {split: manifest.num_conformers(split) for split in shards.SPLITS}
+    if weights := loss_weights.describe(manifest.loss_weights, counts):
+        say(weights)
     for reason, count in manifest.provenance.get("dropped", {}).items():
         say(f"dropped: {count} for {reason}")
 

@@ -18,7 +18,7 @@ from data_tools.drawing import GREY, make_plain
 from data_tools.examine import Findings
 from data_tools.survey import Outlier, Survey, survey_dataset
 from so3krates_dist import files
-from so3krates_dist.data import shards
+from so3krates_dist.data import loss_weights, shards
 from so3krates_dist.errors import DataError
 from so3krates_dist.graph import ELEMENT_SYMBOLS
 
@@ -141,6 +141,9 @@ def _write_lines(manifest: shards.Manifest, survey: Survey) -> list[str]:
         _describe_reading(survey),
         f"Units check: {survey.units if survey.units is not None else 'nothing to look at'}.",
     ]
+    counts = {split: manifest.num_conformers(split) for split in shards.SPLITS}
+    if weights := loss_weights.describe(manifest.loss_weights, counts):
+        lines.append(f"{weights[0].upper()}{weights[1:]}.")
     if survey.num_periodic:
         lines.append(f"{survey.num_periodic} of the conformers that were read are periodic.")
     if survey.band is not None:

@@ -24,7 +24,7 @@ from so3krates_dist.data.statistics import hash_geometry
 from so3krates_dist.errors import DataError
 from so3krates_dist.graph import BoolArray, Graph, IntArray
 
-FORMAT: Final = 1
+FORMAT: Final = 2
 """Of the file; a run of another one is made anew"""
 RUN_CONFORMERS: Final = 16_384
 """in a piece of the input; more need more memory, fewer make more files"""
@@ -46,10 +46,10 @@ _COLUMNS: Final[dict[str, tuple[bool, str, tuple[int, ...]]]] = {
     "dipole": (False, "float32", (3,)),
     "partial_charges": (True, "float32", ()),
     "hirshfeld_ratios": (True, "float32", ()),
+    "loss_weight": (False, "float32", ()),
 }
-_MAY_LACK: Final = tuple(
-    n for n in _COLUMNS if n not in ("atomic_numbers", "positions", "total_charge", "num_unpaired_electrons")
-)
+_ALWAYS: Final = ("atomic_numbers", "positions", "total_charge", "num_unpaired_electrons", "loss_weight")
+_MAY_LACK: Final = tuple(n for n in _COLUMNS if n not in _ALWAYS)
 """Bit i of `has` says whether a conformer has the i-th of them"""
 _KEY: Final = ("hash", "content", "source", "record")
 ALL_COLUMNS: Final = (*_COLUMNS, "pairs", "group")
@@ -107,6 +107,8 @@ def hash_content(graph: Graph) -> bytes:
     digest = hashlib.blake2b(f"{graph.num_atoms} {graph.group}".encode(), digest_size=16)
     for name, (_, dtype, _) in _COLUMNS.items():
         value = getattr(graph, name)
+        if name == "loss_weight" and value == 1:
+            continue  # so that data sets without weights keep their order, which goes by this hash where geometries repeat
         digest.update(b"-" if value is None else b"+" + np.asarray(value, dtype).tobytes())
     return digest.digest()
 

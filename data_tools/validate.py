@@ -1,9 +1,9 @@
 """`so3krates validate`: is a data set folder whole, and can its labels be believed?
 
 Errors are what must not be trained on: bytes that differ from what was written, an index or counts that do not fit the blocks,
-labels that are not finite, atoms on top of each other, conformers in the wrong split or in two. Warnings are what a person should
-look at: large forces, energies far off the baselines, energies and forces that do not follow each other. Shards are read one by
-one, block by block, in as many processes as asked for; memory does not grow with the data set.
+labels or weights that are not finite, atoms on top of each other, conformers in the wrong split or in two. Warnings are what a
+person should look at: large forces, energies far off the baselines, energies and forces that do not follow each other. Shards are
+read one by one, block by block, in as many processes as asked for; memory does not grow with the data set.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from data_tools.console import Progress, say
 from data_tools.examine import Findings, Settings, ShardReport, check_file, examine_shard
 from data_tools.processes import start_pool
 from data_tools.repeats import GeometryHashes
-from so3krates_dist.data import shards
+from so3krates_dist.data import loss_weights, shards
 from so3krates_dist.errors import EXIT_DATA, EXIT_DONE, DataError
 
 DEFAULT_MAX_FORCE: Final = 50.0
@@ -53,12 +53,16 @@ class _Totals:
     splits: Counter[str] = dataclasses.field(default_factory=Counter)
     labels: dict[str, Counter[str]] = dataclasses.field(default_factory=lambda: {s: Counter() for s in shards.SPLITS})
     elements: dict[str, set[int]] = dataclasses.field(default_factory=lambda: {s: set() for s in shards.SPLITS})
+    weights: dict[str, loss_weights.WeightSums] = dataclasses.field(
+        default_factory=lambda: {s: loss_weights.WeightSums() for s in shards.SPLITS}
+    )
 
     def add(self, split: str, found: ShardReport) -> None:
         self.groups += found.groups
         self.splits[split] += found.num_conformers
         self.labels[split] += found.labels
         self.elements[split] |= found.elements
+        self.weights[split].merge(found.weights)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -231,6 +235,7 @@ def _compare_with_manifest(folder: Path, manifest: shards.Manifest, totals: _Tot
         counted, said = +totals.labels[split], manifest.label_counts.get(split, {})
         if {k: n for k, n in said.items() if n} != dict(counted):
             found.error(path, f"count the labels of the {split} split, {dict(counted)}", dict(said))
+    _compare_weights(path, manifest, totals, found)
     trained = totals.elements["train"]
     if sorted(trained) != manifest.statistics.get("elements"):
         found.error(path, f"list the training elements, {sorted(trained)}", manifest.statistics.get("elements"))
@@ -238,3 +243,13 @@ def _compare_with_manifest(folder: Path, manifest: shards.Manifest, totals: _Tot
         if new := totals.elements[split] - trained:
             symbols = gate.name_elements(sorted(new))
             found.warn(f"the {split} split has elements that the training split lacks: {symbols}")
+
+
+def _compare_weights(path: str, manifest: shards.Manifest, totals: _Totals, found: Report) -> None:
+    weights = loss_weights.summarize(totals.weights)
+    if not loss_weights.are_alike(weights, manifest.loss_weights):
+        found.error(path, f"say of the loss weights {weights}", dict(manifest.loss_weights))
+    try:
+        loss_weights.check_not_all_zero(weights, path)
+    except DataError as error:
+        found.note("errors", str(error))

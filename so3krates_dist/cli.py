@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from so3krates_dist import __version__
-from so3krates_dist.errors import EXIT_DONE, So3kratesError
+from so3krates_dist.errors import EXIT_DONE, ConfigError, So3kratesError
 
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
@@ -23,6 +23,7 @@ examples:
   so3krates train run=quickstart data.folder=DIR            one process
   so3krates train model=small data.folder=DIR run.name=mine train.num_steps=20000
   deepspeed --num_accelerators 2 launch/train.py run=quickstart data.folder=DIR       two processes, on GPUs or CPU
+  so3krates train --dry-run --world-size 8 run=quickstart data.folder=DIR             what eight processes would need
 
 The same command resumes the run at the step where it stopped. `so3krates info --config` lists all keys.
 """
@@ -79,20 +80,49 @@ def _train(parser: argparse.ArgumentParser) -> Run:
         metavar="KEY=VALUE",
         help="overlays (run=quickstart, model=small, ... or the path of a yaml file) and values (train.num_steps=100)",
     )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check everything and take one step here; say what the run needs; write nothing",
+    )
+    parser.add_argument(
+        "--world-size", type=int, metavar="N", help="with --dry-run: processes of the run that is checked (default: 1)"
+    )
 
     def run(arguments: argparse.Namespace) -> int:
         from so3krates_dist.config import describe_left_out, load_config
 
+        if arguments.world_size is not None and not arguments.dry_run:
+            remedy = "Add --dry-run; real processes are started by a launcher"
+            raise ConfigError("--world-size", "be left out without --dry-run", arguments.world_size, remedy)
         config = load_config(arguments.settings)
         from so3krates_dist.distributed import read_rank
-        from so3krates_dist.train import loop
 
         for line in describe_left_out(arguments.settings) if read_rank().is_main else ():
             print(f"note: {line}", file=sys.stderr, flush=True)
+        if arguments.dry_run:
+            from so3krates_dist.train import dry_run
+
+            return dry_run.run_dry(config, arguments.settings, arguments.world_size)
+        from so3krates_dist.train import loop
 
         return loop.run_training(config)
 
     return run
+
+
+def _replay(parser: argparse.ArgumentParser) -> Run:
+    from so3krates_dist.train import replay
+
+    replay.add_arguments(parser)
+    return replay.run
+
+
+def _lr_find(parser: argparse.ArgumentParser) -> Run:
+    from so3krates_dist.train import lr_find
+
+    lr_find.add_arguments(parser)
+    return lr_find.run
 
 
 def _evaluate(parser: argparse.ArgumentParser) -> Run:
@@ -144,6 +174,8 @@ VERBS: dict[str, tuple[Callable[[argparse.ArgumentParser], Run], str]] = {
     "validate": (_validate, "check a data set: every shard, every block, every label"),
     "inspect": (_inspect, "show what is in a data set"),
     "train": (_train, "train a model, or resume a run"),
+    "lr-find": (_lr_find, "find which learning rates are worth trying, by a short test on the data of a run"),
+    "replay": (_replay, "repeat a step that a run has skipped, and say what was wrong with it"),
     "evaluate": (_evaluate, "measure the errors of a trained model, with pictures"),
     "md": (_md, "run molecular dynamics with a trained model"),
     "explain": (_explain, "show what a trained model attends to in a structure: pictures and numbers"),
@@ -170,6 +202,14 @@ def _build_parser(verb: str | None) -> tuple[argparse.ArgumentParser, Run | None
     return parser, run
 
 
+def _put_settings_first(words: list[str]) -> list[str]:
+    """Return a command line with KEY=VALUE before options: argparse takes them from one place only."""
+    if not words or words[0] not in ("train", "lr-find"):
+        return words
+    settings = [w for w in words[1:] if "=" in w and not w.startswith("-")]
+    return [words[0], *settings, *(w for w in words[1:] if w not in settings)]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb.
 
@@ -182,7 +222,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         parser, run = _build_parser(next((w for w in words if not w.startswith("-")), None))
-        arguments = parser.parse_args(words)
+        arguments = parser.parse_args(_put_settings_first(words))
         assert run is not None, "argparse lets known verbs through only"
         code = run(arguments)
         sys.stdout.flush()

@@ -4,12 +4,13 @@ Understands the environments of the `deepspeed` launcher, torchrun and srun (wit
 and a single process with none of them.
 """
 
+import contextlib
 import ctypes
 import dataclasses
 import os
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 
 import numpy as np
@@ -22,6 +23,8 @@ COLLECTIVE_TIMEOUT_SECONDS = 600
 """A process that waits longer than this for the others gives up with an error"""
 
 
+_LEAST_CAPABILITY = (8, 0)
+"""Compute capability from which on GPUs have units for products in TF32 and bfloat16"""
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 """glibc's malloc.h"""
 _KEEP_BYTES, _MAX_MMAP_THRESHOLD = 2**30, 2**25
@@ -72,6 +75,11 @@ def read_rank(environment: Mapping[str, str] = os.environ) -> Rank:
     return result
 
 
+def read_job(environment: Mapping[str, str] = os.environ) -> str:
+    """Return the number of the SLURM job that this process belongs to; empty without one."""
+    return environment.get("SLURM_JOB_ID", "")
+
+
 def choose_device(choice: str, rank: Rank) -> torch.device:
     """Return the device of this process.
 
@@ -94,6 +102,52 @@ def choose_device(choice: str, rank: Rank) -> torch.device:
         )
     # A launcher may show each process one GPU only; then its index is 0 whatever the local rank.
     return torch.device("cuda", rank.local_rank if count > 1 else 0)
+
+
+def check_precision(precision: str, device: torch.device) -> None:
+    """Raise `ConfigError` where a device does not have the arithmetic that is asked for.
+
+    Args:
+        precision: `train.precision`.
+        device: Of this process.
+    """
+    if device.type != "cuda":
+        possible = precision != "tf32"
+        rule = "be float32, bf16-mixed or float64 on a CPU"
+    else:
+        possible = (
+            precision not in ("tf32", "bf16-mixed") or torch.cuda.get_device_capability(device) >= _LEAST_CAPABILITY
+        )
+        rule = f"be float32 or float64 on {torch.cuda.get_device_name(device)}"
+    if not possible:
+        remedy = "TF32 and bfloat16 come with GPUs of compute capability 8.0 (A100, RTX 30) and later"
+        raise ConfigError("train.precision", rule, precision, remedy)
+
+
+def set_matmul_precision(precision: str, device: torch.device) -> None:
+    """Set how matrix products of float32 are done in this process: rounded to TF32 where that is asked for, else in full.
+
+    What an earlier call has set does not count. Products of geometry are exact all the same (model/exact.py).
+
+    Args:
+        precision: `train.precision`.
+        device: Of this process.
+    """
+    torch.set_float32_matmul_precision("high" if precision == "tf32" and device.type == "cuda" else "highest")
+
+
+@contextlib.contextmanager
+def matmul_precision(precision: str, device: torch.device) -> Iterator[None]:
+    """Do matrix products of float32 as `set_matmul_precision` says for a while, and then as before.
+
+    Derivatives that are taken after it are not done so.
+    """
+    before = torch.get_float32_matmul_precision()
+    set_matmul_precision(precision, device)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def count_threads(asked: int, local_world_size: int, cores: int | None = None) -> int:

@@ -1,5 +1,6 @@
 """Files that are complete under their name or not there at all, whatever happens while they are written."""
 
+import contextlib
 import hashlib
 import os
 from pathlib import Path
@@ -8,10 +9,21 @@ from so3krates_dist.errors import DataError
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file: under a temporary name beside it, synced, then renamed."""
+    """Write a text file: under a temporary name beside it, synced, then renamed; on a full disk nothing is left."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    put_in_place(temporary, path)
+    try:
+        with open(temporary, "w", encoding="utf-8", opener=_open_no_link) as file:
+            file.write(text)
+        put_in_place(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def _open_no_link(path: str, flags: int) -> int:
+    """Open a file to be written, but not through a link that somebody has left in its place."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def put_in_place(temporary: Path, final: Path) -> None:
@@ -20,10 +32,19 @@ def put_in_place(temporary: Path, final: Path) -> None:
     Libraries that make temporary files of their own (safetensors) let nobody else read them.
     """
     sync_file(temporary)
-    mask = os.umask(0)  # there is no other way to ask for it
-    os.umask(mask)
-    temporary.chmod(0o666 & ~mask)
+    temporary.chmod(0o666 & ~_read_mask())
     temporary.replace(final)
+
+
+def _read_mask() -> int:
+    """Return which rights new files do not have."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+            if line.startswith("Umask:"):
+                return int(line.split()[1], 8)
+    mask = os.umask(0)  # elsewhere there is no other way to ask; for a moment, files of other threads have all rights
+    os.umask(mask)
+    return mask
 
 
 def make_folder(folder: Path) -> None:

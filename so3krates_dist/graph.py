@@ -147,6 +147,8 @@ class Graph:
     """(num_atoms,) e"""
     hirshfeld_ratios: FloatArray | None = None
     """(num_atoms,) volume of each atom in the structure over that of the free atom (Hirshfeld partitioning)"""
+    loss_weight: float = 1.0
+    """Factor of this structure's errors in the training loss, zero or greater"""
     group: str = ""
     """Name that results are grouped by: the molecule, or the subset of a larger collection"""
     pair_first: IntArray | None = None
@@ -205,8 +207,12 @@ class GraphBatch:
     """(num_graphs, 3, 3) eV/Å³; nan for structures without a stress label"""
     dipole: torch.Tensor | None = None
     """(num_graphs, 3) e Å; nan for structures without a dipole label"""
+    partial_charges: torch.Tensor | None = None
+    """(num_atoms,) e; nan for structures without this label"""
     hirshfeld_ratios: torch.Tensor | None = None
     """(num_atoms,); nan for structures without this label"""
+    loss_weight: torch.Tensor | None = None
+    """(num_graphs,) factor of each structure's errors in the training loss; None where all are 1"""
     group: tuple[str, ...] = ()
     """(num_graphs,) names that results are grouped by"""
 
@@ -286,6 +292,7 @@ def collate(graphs: Sequence[Graph], dtype: torch.dtype = torch.float32) -> Grap
     energy = _stack_labels(graphs, "energy", ())
     cells = np.stack([np.zeros((3, 3)) if g.cell is None else g.cell for g in graphs]) if periodic else None
     pbc = np.stack([np.zeros(3, bool) if g.pbc is None else g.pbc for g in graphs]) if periodic else None
+    weighted = any(g.loss_weight != 1 for g in graphs)
     return GraphBatch(
         atomic_numbers=torch.from_numpy(np.concatenate([g.atomic_numbers for g in graphs])).long(),
         positions=torch.from_numpy(np.concatenate([g.positions for g in graphs])).to(dtype),
@@ -303,7 +310,9 @@ def collate(graphs: Sequence[Graph], dtype: torch.dtype = torch.float32) -> Grap
         forces=to_float(_concatenate_labels(graphs, "forces", (3,))),
         stress=to_float(_stack_labels(graphs, "stress", (3, 3))),
         dipole=to_float(_stack_labels(graphs, "dipole", (3,))),
+        partial_charges=to_float(_concatenate_labels(graphs, "partial_charges", ())),
         hirshfeld_ratios=to_float(_concatenate_labels(graphs, "hirshfeld_ratios", ())),
+        loss_weight=torch.tensor([g.loss_weight for g in graphs], dtype=dtype) if weighted else None,
         group=tuple(g.group for g in graphs),
     )
 

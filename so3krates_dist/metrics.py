@@ -18,10 +18,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Final, Literal, Self
 
-from so3krates_dist.config import RunConfig, to_plain
+from so3krates_dist.config import LOSS_WEIGHTS, RunConfig, to_plain
 from so3krates_dist.errors import DataError
 
-Kind = Literal["train", "validation", "test", "event"]
+Kind = Literal["train", "validation", "test", "proof", "event"]
 Value = float | int | str | None
 
 METRICS_NAME: Final = "metrics.jsonl"
@@ -37,18 +37,17 @@ _COLUMNS: Final = (
     ("forces_mae", "F", 1e3, ".1f", " meV/Å"),
     ("stress_mae", "stress", 1e3, ".2f", " meV/Å³"),
     ("dipole_mae", "dipole", 1e3, ".2f", " me Å"),
+    ("partial_charges_mae", "charges", 1e3, ".2f", " me"),
     ("hirshfeld_ratios_mae", "Hirshfeld", 1e3, ".2f", "e-3"),
+    ("proof_forces_error", "from float64", 1e3, ".1g", " meV/Å"),
     ("learning_rate", "lr", 1.0, ".1e", ""),
     ("gradient_norm", "|g|", 1.0, ".2g", ""),
     ("conformers_per_second", "", 1.0, ".0f", " conformers/s"),
     ("data_wait_share", "data wait", 100.0, ".1f", " %"),
 )
 
-_WEIGHTS: Final = {
-    "energy_mae_per_atom": "energy_weight", "forces_mae": "forces_weight", "stress_mae": "stress_weight",
-    "dipole_mae": "dipole_weight", "hirshfeld_ratios_mae": "hirshfeld_weight",
-}  # fmt: skip
-"""Keys of the section `train`; where one is zero, the console does not show the error"""
+_ERRORS: Final = {label: "energy_mae_per_atom" if label == "energy" else f"{label}_mae" for label in LOSS_WEIGHTS}
+"""Figure of each label; the console shows those of labels that are trained"""
 
 
 # ------------------------------------------------------------------------------------------------------------- the record
@@ -320,7 +319,7 @@ def format_record(kind: str, step: int, values: Mapping[str, Value], num_steps: 
     """Return the console line of one record, in human units.
 
     Args:
-        kind: `train`, `validation`, `test` or `event`.
+        kind: `train`, `validation`, `test`, `proof` or `event`.
         step: Optimizer steps done.
         values: Figures in eV and Å.
         num_steps: Steps of the whole run.
@@ -350,7 +349,9 @@ class _ConsoleView:
         self._bar: Any = None
 
     def show(self, kind: Kind, step: int, values: Mapping[str, Value]) -> None:
-        """Print one record."""
+        """Print one record, but for proofs of precision, of which there is a sentence."""
+        if kind == "proof":
+            return
         eta = self._estimate_rest(step) if kind == "train" else None
         shown = {name: value for name, value in values.items() if name not in self._hidden}
         self.say(format_record(kind, step, shown, self._num_steps, eta), self._STYLES.get(kind, ""))
@@ -440,7 +441,7 @@ class MetricsLogger:
     """
 
     def __init__(self, folder: Path, config: RunConfig, *, is_main: bool, console: bool = True) -> None:
-        hidden = frozenset(name for name, weight in _WEIGHTS.items() if not getattr(config.train, weight))
+        hidden = frozenset(name for label, name in _ERRORS.items() if not config.train.trains(label))
         self._view = _ConsoleView(config.train.num_steps, hidden=hidden) if is_main and console else None
         self._record = Record(folder / METRICS_NAME) if is_main else None
         self._mirror = WandbMirror(folder, config, self.message) if is_main else None

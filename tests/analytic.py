@@ -28,7 +28,7 @@ class MorseNetwork(nn.Module):
     def __init__(self, cutoff: float = 6.0) -> None:
         super().__init__()
         self.cutoff = self.reach = cutoff
-        self.sees, self.uses_positions, self.checkpoint_attention = frozenset({"cell"}), False, False
+        self.sees, self.uses_positions, self.checkpointing = frozenset({"cell"}), False, "none"
         self.depth, self.width, self.distance = (nn.Parameter(torch.tensor(v)) for v in (0.35, 1.4, 2.6))
 
     def forward(self, batch: GraphBatch, vectors: torch.Tensor, record: object = None) -> dict[str, torch.Tensor]:

@@ -1,6 +1,7 @@
 """Training with something that happens at one step: what processes of the tests run instead of `so3krates train`."""
 
 import errno
+import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Sequence
@@ -40,21 +41,51 @@ def train_and_die(settings: Sequence[str], step: int, rank: int) -> int:
 
 def train_with_stop_file(settings: Sequence[str], step: int, rank: int) -> int:
     """Find the stop file that somebody has put into the run folder."""
-    _before_step(step, rank, lambda training: (training.path / "STOP").touch())
+    _before_step(step, rank, lambda training: (training.context.folder.path / "STOP").touch())
     return train(settings)
 
 
 def train_on_nan(settings: Sequence[str], first_step: int, rank: int) -> int:
     """Compute nan on one process from a step on."""
+    return train_on_faults(settings, "positions", range(first_step, 1000), rank)
+
+
+def train_on_faults(settings: Sequence[str], kind: str, data_steps: Sequence[int], rank: int) -> int:
+    """Meet some fault on one process at some positions of the data."""
     original = Training.train_step
 
     def train_step(self: Training, number: int, batches: Any, *arguments: Any) -> dict[str, float]:
-        if number >= first_step and self.rank.rank == rank:
-            for batch in batches:
+        if self.rank.rank != rank or self.state.progress.data_step not in data_steps:
+            return original(self, number, batches, *arguments)
+        if kind == "gradient":  # the loss is as it should be
+            weight = next(self.engine.potential.parameters())
+            hook = weight.register_hook(lambda gradient: gradient * float("nan"))
+            try:
+                return original(self, number, batches, *arguments)
+            finally:
+                hook.remove()
+        for batch in batches:
+            if kind == "positions":
                 batch.positions[:1] = float("nan")
+            elif kind == "label":
+                batch.forces[:1] = float("inf")
+            else:
+                assert kind == "spike"
+                batch.forces[:1] += 1e3
         return original(self, number, batches, *arguments)
 
     Training.train_step = train_step  # type: ignore[method-assign]
+    return train(settings)
+
+
+def train_with_dead_worker(settings: Sequence[str], step: int, rank: int) -> int:
+    """Lose a worker process of the loader as the kernel ends it where memory is short."""
+
+    def kill(_: Training) -> None:
+        (worker,) = multiprocessing.active_children()
+        worker.kill()
+
+    _before_step(step, rank, kill)
     return train(settings)
 
 

@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import socket
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ from safetensors.torch import load_file
 from so3krates_dist.config import RunConfig, parse_config
 from so3krates_dist.distributed import Rank
 from so3krates_dist.graph import Graph
+from so3krates_dist.train.checkpoint import name_checkpoint
+from so3krates_dist.train.saving import CheckpointWriter
 
 TINY = (
     "model.num_features=8", "model.num_layers=2", "model.num_heads=2", "model.degrees=[1,2]", "model.cutoff=4.0",
@@ -183,9 +185,19 @@ def read_own_rank() -> Rank:
 # ----------------------------------------------------------------------------------------------------------------- results
 
 
+def write_checkpoint(
+    folder: Path, step: int, tensors: Mapping[str, torch.Tensor], *, keep: int = 2, **progress: Any
+) -> Path:
+    """Write a checkpoint as a run of one process does; return its folder."""
+    writer = CheckpointWriter(folder, Rank(), torch.device("cpu"), keep=keep, asynchronous=False, facts={})
+    writer.begin(step, {"step": step, **progress}, tensors, None)
+    return folder / name_checkpoint(step)
+
+
 def read_state(run: Path, step: int) -> dict[str, torch.Tensor]:
     """Return all tensors of a checkpoint."""
-    return load_file(run / "checkpoints" / f"step_{step:08d}" / "state.safetensors")
+    parts = sorted((run / "checkpoints" / f"step_{step:08d}").glob("state*.safetensors"))
+    return {name: tensor for part in parts for name, tensor in load_file(part).items()}
 
 
 def find_differences(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> dict[str, float]:

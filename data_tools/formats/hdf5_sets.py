@@ -108,7 +108,7 @@ class AniFile(GroupedFile):
         present = {
             k: v
             for k, v in values.items()
-            if k in ("atomic_numbers", "positions") or not np.isnan(np.asarray(v, np.float64)).all()
+            if k in ("atomic_numbers", "positions", "loss_weight") or not np.isnan(np.asarray(v, np.float64)).all()
         }
         return super()._build(present, where)
 

@@ -23,8 +23,9 @@ ALIASES: Final[dict[str, tuple[str, ...]]] = {
     "total_charge": ("total_charge", "charge", "Q"),
     "num_unpaired_electrons": ("num_unpaired_electrons", "multiplicity", "spin_multiplicity", "spin", "uhf"),
     "group": ("group", "config_type", "subset"),
+    "loss_weight": ("loss_weight",),
 }
-"""Names that labels go by, ours first"""
+"""Names that labels go by, ours first; a weight in the loss that goes by another name has to be named: it must surprise nobody"""
 
 NOT_LABELS: Final = ("group", "total_charge", "num_unpaired_electrons")
 """These have a value where a structure says nothing"""
@@ -44,6 +45,7 @@ _SHAPES: Final[dict[str, tuple[int | str, ...]]] = {
     "partial_charges": ("atoms",),
     "hirshfeld_ratios": ("atoms",),
     "total_charge": (),
+    "loss_weight": (),
 }
 
 
@@ -104,11 +106,15 @@ def choose_fixed_keys(
 ) -> dict[str, str]:
     """Return the keys of a layout that documents them: its own ones where the file has them, unless the user names others.
 
+    An array of `loss_weight` is taken too, which whoever prepared the file has added.
+
     Raises:
         DataError: A key that was asked for is not there.
     """
     usual: dict[str, tuple[str, ...]] = {
-        label: (key,) for label, key in defaults.items() if request.labels or label in NOT_LABELS
+        label: (key,)
+        for label, key in ({"loss_weight": ALIASES["loss_weight"][0]} | dict(defaults)).items()
+        if request.labels or label in NOT_LABELS
     }
     named: dict[str, tuple[str, ...]] = {
         label: () for label in request.keys if label not in usual and (request.labels or label in NOT_LABELS)

@@ -34,7 +34,16 @@ _MAX_UNPACKED: Final = 32 * 2**30
 """Bytes of compressed arrays that a process holds"""
 _WORTH_A_NOTE: Final = 2**28
 _PER_ATOM: Final = ("forces", "partial_charges", "hirshfeld_ratios")
-_PLAIN: Final = ("positions", "energy", "forces", "dipole", "partial_charges", "hirshfeld_ratios", "total_charge")
+_PLAIN: Final = (
+    "positions",
+    "energy",
+    "forces",
+    "dipole",
+    "partial_charges",
+    "hirshfeld_ratios",
+    "total_charge",
+    "loss_weight",
+)
 """Fields that whole chunks are converted of at once"""
 _SGDML: Final = ("e_unit", "r_unit", "theory")
 
@@ -97,7 +106,7 @@ class NpzFile(OpenFile):
             return shape == (self._size,)
         if label in ("cell", "pbc"):
             return shape in ((3, 3), (3,))
-        return label in NOT_LABELS and shape == ()
+        return label in (*NOT_LABELS, "loss_weight") and shape == ()
 
     def _describe(self) -> None:
         packed = sum(member.num_bytes for member in self._members.values() if member.offset is None)

@@ -1,4 +1,4 @@
-"""The whole configuration: its schema (`models`, `sections`), its checks, and how it is put together (`loading`)."""
+"""The whole configuration: its schema (`models`, `training`, `sections`), its checks, and how it is put together (`loading`)."""
 
 from so3krates_dist.config.loading import (
     GROUPS,
@@ -21,11 +21,13 @@ from so3krates_dist.config.models import (
     So3kratesSection,
     So3lrSection,
 )
-from so3krates_dist.config.sections import DataSection, MetricsSection, RunConfig, RunSection, TrainSection
+from so3krates_dist.config.sections import DataSection, MetricsSection, RunConfig, RunSection
+from so3krates_dist.config.training import LOSS_WEIGHTS, TrainSection
 
 __all__ = [
     "DEFAULT_MODEL",
     "GROUPS",
+    "LOSS_WEIGHTS",
     "MODEL_SECTIONS",
     "DataSection",
     "EuclideanTransformerSection",

@@ -26,6 +26,13 @@ GROUPS = ("run", "model", "data", "cluster")
 """Folders of `configs/` of overlays in the order in which they are merged: a run is a whole, the others are parts of one."""
 
 
+REPLACED = {
+    "model.precision": "train.precision=bf16-mixed for bf16",
+    "train.checkpoint_attention": "train.activation_checkpointing=blocks for true",
+}
+"""Keys of earlier versions, and what says the same now; `_upgrade` does it for files that this package wrote"""
+
+
 def find_configs() -> Path:
     """Return the folder of the yaml files: inside an installed package, or beside it in a clone."""
     package = Path(__file__).parent.parent
@@ -68,6 +75,8 @@ def _check_keys(content: Any, source: str, model: str, prefix: str = "") -> None
 
 
 def _refuse_key(key: str, source: str, model: str, known: Sequence[str]) -> NoReturn:
+    if key in REPLACED:
+        raise ConfigError(f"{key} ({source})", "be a known key", "one of earlier versions", f"Write {REPLACED[key]}")
     others = [name for name in MODEL_SECTIONS if key in list_keys(name)]
     if others:
         got = f"an option of {', '.join(others)}"
@@ -297,8 +306,21 @@ def _to_config(merged: Any) -> RunConfig:
     return config
 
 
+def _upgrade(content: dict[str, Any]) -> dict[str, Any]:
+    """Return what an earlier version wrote with the keys of this one."""
+    sections = {name: dict(values) if isinstance(values, dict) else values for name, values in content.items()}
+    model, train = sections.get("model"), sections.get("train")
+    low_precision = isinstance(model, dict) and model.pop("precision", "float32") == "bf16"
+    if isinstance(train, dict):
+        if low_precision:
+            train.setdefault("precision", "bf16-mixed")
+        if train.pop("checkpoint_attention", False):
+            train.setdefault("activation_checkpointing", "blocks")
+    return sections
+
+
 def parse_config(content: dict[str, Any], source: str) -> RunConfig:
-    """Rebuild a configuration from `dump_config`'s plain dictionaries, checked like any other.
+    """Rebuild a configuration from `dump_config`'s plain dictionaries, of this version or an earlier one; checked like any other.
 
     Args:
         content: Sections with their values.
@@ -307,7 +329,7 @@ def parse_config(content: dict[str, Any], source: str) -> RunConfig:
     Raises:
         ConfigError: As in `load_config`.
     """
-    return _build_config([(content, source)])
+    return _build_config([(_upgrade(content), source)])
 
 
 def to_plain(section: Any) -> dict[str, Any]:

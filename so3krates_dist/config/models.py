@@ -69,6 +69,11 @@ class ModelSection(abc.ABC):
         """Whether the mean number of neighbours in the data enters the model."""
         return False
 
+    @property
+    def low_memory_obstacle(self) -> str:
+        """Why `train.activation_checkpointing=low_memory` cannot work, as the words after "where"; empty: it can."""
+        return ""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _AttentionSection(ModelSection):
@@ -198,8 +203,6 @@ class EuclideanTransformerSection(_AttentionSection):
     """Euclidean variables start as the sum of envelope times harmonics over this number (equation 11); 0: they start as zero"""
     zbl: bool = False
     """add the repulsion of nuclei (Ziegler, Biersack and Littmark) with trained parameters"""
-    precision: Literal["float32", "bf16"] = "float32"
-    """arithmetic of the attention blocks' matrices; radial networks, geometry, sums and readout are float32 always"""
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -237,8 +240,6 @@ class So3lrSection(_AttentionSection):
     """features know the structure's total charge"""
     spin_embedding: bool = True
     """features know the structure's number of unpaired electrons"""
-    precision: Literal["float32", "bf16"] = "float32"
-    """arithmetic of the attention blocks' matrices; radial networks, geometry, sums and heads are float32 always"""
 
     cutoff_function: ClassVar[Literal["polynomial"]] = "polynomial"
     radial_basis: ClassVar[Literal["bernstein"]] = "bernstein"
@@ -365,6 +366,11 @@ class _GeomAttSection(ModelSection):
             not gains or (len(gains) == len(orders) and all(0 < g < math.inf for g in gains)),
             "model.order_gains", "be one number above zero for each of model.orders, or empty", gains,
         )  # fmt: skip
+
+    @property
+    def low_memory_obstacle(self) -> str:
+        """Its sums over walks have a backward derivative of their own, and no forward one."""
+        return f"model.name={self.name}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ from typing import Final, Literal
 
 from so3krates_dist.config.checks import check, check_numbers
 from so3krates_dist.config.models import EuclideanTransformerSection, ModelSection
+from so3krates_dist.config.training import LOSS_WEIGHTS, TrainSection
 
 WEIGHTS_TOLERANCE: Final = 1e-6
 """How far the sum of `data.weights` may be from one: thirds are written with seven digits"""
@@ -42,6 +43,9 @@ class DataSection:
     """several data sets to train on together, in place of data.folder"""
     weights: tuple[float, ...] = ()
     """share of each of data.folders in the conformers of every step; they add up to 1; empty: shares by data.temperature"""
+    loss_weights: tuple[float, ...] = ()
+    """factor of the errors of each of data.folders in the loss, beside each conformer's own `loss_weight`; empty: 1 for each;
+    may change with data.rebase"""
     temperature: float = 1.0
     """without data.weights: shares go as (number of conformers)^(1 / temperature); 1: as they are, higher: more alike"""
     batch_size: int = 16
@@ -106,6 +110,7 @@ class DataSection:
         check(cost >= least, "data.cost_per_atom", f"be at least {least}: costs count in hundredths", cost)
         self._check_sources()
         self._check_weights()
+        self._check_loss_weights()
         for name in ("max_atoms", "max_pairs") if self.find_limits else ():
             limit = getattr(self, name)
             check(limit == 0, f"data.{name}", "be 0 with data.find_limits", limit, "Leave out one of them")
@@ -146,80 +151,20 @@ class DataSection:
             "Leave out one of them",
         )  # fmt: skip
 
+    def _check_loss_weights(self) -> None:
+        weights, count = list(self.loss_weights), len(self.sources)
+        check(
+            len(weights) in (0, count), "data.loss_weights", f"be one factor for each of data.folders ({count})",
+            len(weights), "Write them in the order of data.folders",
+        )  # fmt: skip
+        valid = all(isinstance(w, float) and 0 <= w < math.inf for w in weights)
+        check(valid, "data.loss_weights", "be finite numbers, none below zero", weights)
+        check(not weights or any(weights), "data.loss_weights", "not all be zero", weights)
+
     @property
     def sources(self) -> tuple[str, ...]:
         """The data sets, however they are named; none where none is."""
         return tuple(self.folders) or ((self.folder,) if self.folder else ())
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainSection:
-    """How the weights are learned."""
-
-    num_steps: int = 10_000
-    """optimizer steps of the whole run; the learning rate ends its decay here"""
-    learning_rate: float = 2e-3
-    """largest learning rate, reached after the warm-up"""
-    final_learning_rate: float = 1e-6
-    """learning rate at the end of the cosine decay"""
-    warmup_steps: int = 200
-    """steps in which the learning rate rises linearly from zero"""
-    weight_decay: float = 0.0
-    """decoupled weight decay (AdamW) of weight matrices; biases, norms and embeddings have none"""
-    adam_beta1: float = 0.9
-    """decay of AdamW's mean of gradients"""
-    adam_beta2: float = 0.99
-    """decay of AdamW's mean of squared gradients"""
-    gradient_clipping: float = 0.5
-    """largest norm of the gradient of all weights; 0: not clipped"""
-    ema_decay: float = 0.999
-    """decay of the exponential mean of the weights, which is what is evaluated and exported; 0: the weights themselves"""
-    energy_weight: float = 1.0
-    """weight of the squared error of the energy per atom, in units of the force RMS times 1 Å"""
-    forces_weight: float = 1.0
-    """weight of the mean squared force error, in units of the force RMS"""
-    stress_weight: float = 0.0
-    """weight of the mean squared stress error, in (eV/Å³)^-2; 0: stress is not trained"""
-    dipole_weight: float = 0.0
-    """weight of the mean squared error of the dipole's components, in (e Å)^-2; 0: dipoles are not trained"""
-    hirshfeld_weight: float = 0.0
-    """weight of the mean squared error of the Hirshfeld ratios, which have no unit; 0: they are not trained"""
-    zero_stage: int = 1
-    """DeepSpeed's ZeRO stage: 0, 1 or 2"""
-    micro_batches: int = 1
-    """portions that a process does one after another per step, to save memory; divides data.lanes / processes"""
-    checkpoint_attention: bool = False
-    """compute the attention blocks again in the backward pass; exact; saves 3 % of memory on CPU (tests/benchmarks/memory.md)"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """where to compute; auto: a GPU where there is one"""
-    log_every: int = 50
-    """steps between lines of the log"""
-    validate_every: int = 500
-    """steps between evaluations on the validation split"""
-    save_every: int = 500
-    """steps between checkpoints"""
-    stop_at: int = 0
-    """save and stop after this many steps, with exit code 0; the same command without it goes on; 0: run to the end"""
-    keep_checkpoints: int = 2
-    """checkpoints kept, at least 2: the newest may be damaged"""
-    max_skipped_steps: int = 10
-    """steps in a row whose loss or gradient may be not finite (they are skipped) before the run stops"""
-
-    def __post_init__(self) -> None:
-        """Check the values."""
-        check_numbers(
-            self,
-            "train",
-            positive=("num_steps", "learning_rate", "micro_batches", "log_every", "validate_every", "save_every"),
-            at_least_zero=(
-                "final_learning_rate", "warmup_steps", "weight_decay", "gradient_clipping", "energy_weight",
-                "forces_weight", "stress_weight", "dipole_weight", "hirshfeld_weight", "max_skipped_steps", "stop_at",
-            ),
-        )  # fmt: skip
-        for name in ("adam_beta1", "adam_beta2", "ema_decay"):
-            check(0 <= getattr(self, name) < 1, f"train.{name}", "be at least 0 and less than 1", getattr(self, name))
-        check(self.zero_stage in (0, 1, 2), "train.zero_stage", "be 0, 1 or 2", self.zero_stage)
-        check(self.keep_checkpoints >= 2, "train.keep_checkpoints", "be at least 2", self.keep_checkpoints)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -248,23 +193,16 @@ class RunConfig:
         check(
             lanes % train.micro_batches == 0, "train.micro_batches", f"divide data.lanes ({lanes})", train.micro_batches
         )
-        check(
-            train.warmup_steps < train.num_steps, "train.warmup_steps", f"be less than train.num_steps ({train.num_steps})",
-            train.warmup_steps,
-        )  # fmt: skip
-        check(
-            train.final_learning_rate <= train.learning_rate, "train.final_learning_rate",
-            f"be at most train.learning_rate ({train.learning_rate})", train.final_learning_rate,
-        )  # fmt: skip
-        weights = (
-            train.energy_weight, train.forces_weight, train.stress_weight, train.dipole_weight, train.hirshfeld_weight
-        )  # fmt: skip
-        check(any(weights), "train.forces_weight", "be greater than zero where the other weights are zero", 0.0)
-        for output, key in (("dipole", "dipole_weight"), ("hirshfeld_ratios", "hirshfeld_weight")):
+        for output in ("dipole", "partial_charges", "hirshfeld_ratios"):
             check(
-                getattr(train, key) == 0 or output in self.model.outputs, f"train.{key}",
-                f"be 0 where model.name={self.model.name} has no output `{output}`", getattr(train, key), "Set it to 0",
+                not train.trains(output) or output in self.model.outputs, f"train.{LOSS_WEIGHTS[output]}",
+                f"be 0 where model.name={self.model.name} has no output `{output}`", getattr(train, LOSS_WEIGHTS[output]),
+                "Set it to 0",
             )  # fmt: skip
+        check(
+            train.activation_checkpointing != "low_memory" or not self.model.low_memory_obstacle,
+            "train.activation_checkpointing", f"be none or blocks where {self.model.low_memory_obstacle}", "low_memory",
+        )  # fmt: skip
 
     @property
     def folder(self) -> Path:
@@ -272,7 +210,14 @@ class RunConfig:
         return Path(self.run.folder) if self.run.folder else Path("runs") / self.run.name
 
     def check_world_size(self, world_size: int) -> None:
-        """Raise `ConfigError` where the lanes cannot be dealt evenly to that many processes."""
+        """Raise `ConfigError` where so many processes cannot do what is asked for.
+
+        That is where the lanes cannot be dealt evenly to them, or where float64 is asked of several.
+        """
+        check(
+            world_size == 1 or self.train.precision != "float64", "train.precision",
+            f"be float32, tf32 or bf16-mixed with several processes ({world_size})", "float64", "Start a single process",
+        )  # fmt: skip
         lanes, micro = self.data.lanes, self.train.micro_batches
         divisors = ", ".join(str(n) for n in range(1, lanes + 1) if lanes % n == 0)
         check(

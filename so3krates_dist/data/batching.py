@@ -45,16 +45,18 @@ _COLUMNS: Final = {
     "forces": _Column(True, "float32", (3,), np.nan),
     "stress": _Column(False, "float32", (3, 3), np.nan),
     "dipole": _Column(False, "float32", (3,), np.nan),
+    "partial_charges": _Column(True, "float32", (), np.nan),
     "hirshfeld_ratios": _Column(True, "float32", (), np.nan),
     "cell": _Column(False, "float64", (3, 3), 0.0),
     "pbc": _Column(False, "bool", (3,), 0.0),
+    "loss_weight": _Column(False, "float32", (), 1.0),
 }
 _BIT: Final = {name: 1 << place for place, name in enumerate(_COLUMNS)}
 _PERIODIC: Final = 1 << len(_COLUMNS)
 _OF_BOXES: Final = ("cell", "pbc", "pair_shifts")
 """fields that batches without periodic structures lack"""
-_LABELS: Final = ("energy", "forces", "stress", "dipole", "hirshfeld_ratios")
-"""fields that batches lack where none of their structures has the label"""
+_LABELS: Final = ("energy", "forces", "stress", "dipole", "partial_charges", "hirshfeld_ratios", "loss_weight")
+"""fields that batches lack where none of their structures has the label, or a weight other than 1"""
 
 
 class Table:
@@ -78,18 +80,19 @@ class Table:
         self._quoted: list[bytes] = []
         self._columns: dict[str, npt.NDArray[Any]] = {}
 
-    def put(self, number: int, block: Block) -> None:
+    def put(self, number: int, block: Block, loss_weight: float = 1.0) -> None:
         """Copy a block into its place.
 
         Args:
             number: Of the block in this table.
             block: With as many conformers and atoms as the table was told.
+            loss_weight: Factor of the weights that its conformers have in the training loss.
         """
         rows = slice(int(self.first_row[number]), int(self.first_row[number + 1]))
         atoms = slice(int(self._first_atom[number]), int(self._first_atom[number + 1]))
         flags = np.zeros(len(block), np.uint16)
         for name, column in _COLUMNS.items():
-            if name in block.columns:
+            if name in block.columns and name != "loss_weight":
                 has = block.has(name)
                 flags[has] |= _BIT[name]
                 part = self._get_column(name)[atoms if column.per_atom else rows]
@@ -98,6 +101,10 @@ class Table:
                     part[~(np.repeat(has, np.diff(block.offsets)) if column.per_atom else has)] = column.missing
         if "pbc" in block.columns:
             flags[self._columns["pbc"][rows].any(axis=1)] |= _PERIODIC
+        if "loss_weight" in block.columns or loss_weight != 1:
+            weights = self._get_column("loss_weight")[rows]
+            weights[:] = block.columns.get("loss_weight", np.ones(1, np.float32)) * np.float32(loss_weight)
+            flags[weights != 1] |= _BIT["loss_weight"]
         self._flags[rows] = flags
         self._offsets[rows] = block.offsets[:-1] + atoms.start
         self.num_atoms[rows] = np.diff(block.offsets)
@@ -270,12 +277,14 @@ _FIELDS: Final = (
     _describe("energy", "float64", _GRAPHS),
     _describe("stress", "float32", _GRAPHS, (3, 3)),
     _describe("dipole", "float32", _GRAPHS, (3,)),
+    _describe("loss_weight", "float32", _GRAPHS),
     _describe("cell", "float32", _GRAPHS, (3, 3)),
     _describe("pbc", "bool", _GRAPHS, (3,)),
     _describe("atomic_numbers", "int64", _ATOMS),
     _describe("positions", "float32", _ATOMS, (3,)),
     _describe("graph_index", "int64", _ATOMS),
     _describe("forces", "float32", _ATOMS, (3,)),
+    _describe("partial_charges", "float32", _ATOMS),
     _describe("hirshfeld_ratios", "float32", _ATOMS),
     _describe("pair_first", "int64", _PAIRS),
     _describe("pair_second", "int64", _PAIRS),

@@ -14,12 +14,16 @@ from typing import Any, Final
 import numpy as np
 
 from so3krates_dist.data import layout
+from so3krates_dist.data.loss_weights import find_wrong_weight, to_column
 from so3krates_dist.data.verification import refuse_damaged
 from so3krates_dist.errors import DataError
 from so3krates_dist.graph import BoolArray, Graph, IntArray
 
-SCHEMA: Final = 2
-"""Version of blocks and manifest; a reader refuses a higher one."""
+SCHEMA: Final = 3
+"""Newest version of blocks and manifest; a reader refuses a higher one. 3 is 2 with weights of conformers in the loss."""
+
+UNWEIGHTED_SCHEMA: Final = 2
+"""Version that is written where there are no such weights: the same bytes as ever, which earlier programs read"""
 
 MAX_BLOCK_BYTES: Final = 2**30
 """Longest member of a shard"""
@@ -46,9 +50,12 @@ _COLUMNS: Final[dict[str, tuple[bool, str, tuple[int, ...]]]] = {
     "dipole": (False, "float32", (3,)),
     "total_charge": (False, "float32", ()),
     "num_unpaired_electrons": (False, "float32", ()),
+    "loss_weight": (False, "float32", ()),
 }
+_WEIGHT: Final = "loss_weight"
+"""Column that blocks lack where all weights are 1; it is there for all conformers or for none"""
 _ALWAYS: Final = ("num_atoms", "atomic_numbers", "positions", "total_charge", "num_unpaired_electrons", "group")
-_HAS: Final = {f"has_{name}": (False, "uint8", ()) for name in _COLUMNS if name not in _ALWAYS}
+_HAS: Final = {f"has_{name}": (False, "uint8", ()) for name in _COLUMNS if name not in (*_ALWAYS, _WEIGHT)}
 _STORED: Final = {
     name: (per_atom, np.dtype(dtype), row)
     for name, (per_atom, dtype, row) in (
@@ -64,7 +71,7 @@ def encode_block(graphs: Sequence[Graph]) -> bytes:
         graphs: Conformers, one at least; each with its own labels.
 
     Raises:
-        DataError: There are more conformers or bytes than a block may have.
+        DataError: There are more conformers or bytes than a block may have, or a weight is below zero or not finite.
     """
     assert graphs, "a block holds conformers"
     if len(graphs) > MAX_BLOCK_CONFORMERS:
@@ -72,14 +79,18 @@ def encode_block(graphs: Sequence[Graph]) -> bytes:
         raise DataError("block", rule, len(graphs), "Write smaller blocks")
     columns: dict[str, Any] = {"num_atoms": np.array([g.num_atoms for g in graphs], np.int32)}
     for name in _COLUMNS:
-        columns |= _join(name, graphs)
+        if name != _WEIGHT:
+            columns |= _join(name, graphs)
+    if (weights := to_column((g.loss_weight for g in graphs), "block")) is not None:
+        columns[_WEIGHT] = weights
     names = sorted({g.group for g in graphs})
     numbers = {name: number for number, name in enumerate(names)}
     columns["group"] = np.array([numbers[g.group] for g in graphs], np.int32)
     size = sum(c.nbytes for c in columns.values())
     if size > MAX_BLOCK_BYTES - layout.MAX_HEADER_BYTES:
         raise DataError("block", f"have less than {MAX_BLOCK_BYTES} bytes", f"{size} bytes", "Write smaller blocks")
-    return _to_bytes(columns, json.dumps({"schema": SCHEMA, "groups": names}, sort_keys=True))
+    schema = SCHEMA if _WEIGHT in columns else UNWEIGHTED_SCHEMA
+    return _to_bytes(columns, json.dumps({"schema": schema, "groups": names}, sort_keys=True))
 
 
 def _join(name: str, graphs: Sequence[Graph]) -> dict[str, Any]:
@@ -207,6 +218,8 @@ def _check_columns(columns: Columns, where: str) -> IntArray:
             raise refuse_damaged(f"{where} column `{name}`", "be 0 or 1, beside what it is about", column[:8].tolist())
         if name == "pbc" and column.view(np.uint8).max() > 1:  # numpy counts on it, and writes past the end where not
             raise refuse_damaged(f"{where} column `{name}`", "be 0 or 1", column.view(np.uint8)[:8].tolist())
+    if _WEIGHT in columns and (wrong := find_wrong_weight(columns[_WEIGHT])) is not None:
+        raise refuse_damaged(f"{where} column `{_WEIGHT}`", "be finite numbers, none below zero", wrong)
     return offsets
 
 

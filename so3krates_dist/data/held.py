@@ -25,10 +25,14 @@ class HeldBlocks:
         sources: Data sets.
         blocks: (num_blocks, 2) source and block, ascending, each once.
         max_kept_pairs: Pairs that are kept once they have been found.
+        for_training: Whether the weights of sources in the loss are multiplied in.
     """
 
-    def __init__(self, sources: Sequence[Source], blocks: IntArray, max_kept_pairs: int = 0) -> None:
+    def __init__(
+        self, sources: Sequence[Source], blocks: IntArray, max_kept_pairs: int = 0, *, for_training: bool = False
+    ) -> None:
         self._sources, self._blocks, self._keys = sources, blocks, _to_keys(blocks[:, 0], blocks[:, 1])
+        self._loss_weights = [s.loss_weight if for_training else 1.0 for s in sources]
         self._num_kept_pairs, self._max_kept_pairs = 0, max_kept_pairs
         self._kept_pairs: dict[int, NeighborPairs] = {}
         self._complaints: dict[int, str] = {}
@@ -54,7 +58,7 @@ class HeldBlocks:
                 self._complaints[place] = lost[shard]
                 continue
             try:
-                self.table.put(place, self._sources[source].read_block(block))
+                self.table.put(place, self._sources[source].read_block(block), self._loss_weights[source])
                 self._complaints.pop(place, None)
             except DataError as error:
                 if not skip_damaged:

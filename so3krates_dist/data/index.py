@@ -22,7 +22,8 @@ import numpy.typing as npt
 
 from so3krates_dist import files
 from so3krates_dist.data import layout
-from so3krates_dist.data.codec import MAX_BLOCK_BYTES, MAX_BLOCK_CONFORMERS, SCHEMA, Block, Columns
+from so3krates_dist.data.codec import MAX_BLOCK_BYTES, MAX_BLOCK_CONFORMERS, Block, Columns
+from so3krates_dist.data.loss_weights import WeightSums
 from so3krates_dist.data.manifest import INDEX_NAME, SPLITS, IndexEntry, Manifest
 from so3krates_dist.data.pair_counts import (
     FLAGS,
@@ -41,6 +42,8 @@ __all__ = [
     "compute_index", "count_pairs", "estimate_pairs", "find_flags", "find_splits", "map_index", "read_places",
 ]  # fmt: skip
 
+SCHEMA: Final = 2
+"""Version of the index; schema 3 of blocks changed nothing in it"""
 _CUTS: Final = len(PAIR_CUTOFFS)
 _COLUMNS: Final[dict[str, tuple[str, tuple[int, ...]]]] = {
     "block_shard": ("int32", ()),
@@ -340,6 +343,8 @@ class IndexBuilder:
         self.num_shards = 0
         self.label_counts: dict[str, Counter[str]] = {split: Counter() for split in SPLITS}
         """for each split, conformers that have each label"""
+        self.loss_weights = {split: WeightSums() for split in SPLITS}
+        """for each split, what is known of its conformers' weights in the loss"""
 
     def begin_shard(self) -> None:
         """Count the blocks that come now for the next shard of the manifest."""
@@ -363,6 +368,7 @@ class IndexBuilder:
         rows |= {"block_shard": self.num_shards - 1, "block_offset": offset, "block_size": size, "block_crc32": crc32}
         rows["block_first"] = self._num_conformers
         self._num_conformers += len(graphs)
+        self.loss_weights[split].add(np.array([g.loss_weight for g in graphs], np.float32))
         for label, bit in FLAGS.items():
             self.label_counts[split][label] += int(np.count_nonzero(rows["sample_flags"] & bit))
         self._rows.append(rows)

@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from so3krates_dist.data.codec import LABELS, SCHEMA, check_schema
+from so3krates_dist.data.codec import LABELS, SCHEMA, UNWEIGHTED_SCHEMA, check_schema
+from so3krates_dist.data.loss_weights import Summary, check_summary
 from so3krates_dist.data.verification import refuse_damaged
 from so3krates_dist.errors import DataError
 
@@ -78,6 +79,8 @@ class Manifest:
     """those of each split together, in the order of `SPLITS`"""
     label_counts: Mapping[str, Mapping[str, int]] = dataclasses.field(default_factory=dict)
     """for each split, how many conformers have each label"""
+    loss_weights: Mapping[str, Summary] = dataclasses.field(default_factory=dict)
+    """for each split, what weights its conformers have in the loss; empty where all are 1"""
     index: IndexEntry | None = None
     """None in data sets of schema 1, whose blocks are listed in `manifest.json`"""
 
@@ -103,8 +106,10 @@ def block_key(shard: ShardEntry, number: int) -> str:
 
 def dump_manifest(manifest: Manifest) -> str:
     """Return the text of `manifest.json`: sorted keys, so that the same content gives the same bytes."""
-    assert manifest.index is not None, "a manifest of schema 2 names its index"
-    content = dataclasses.asdict(manifest) | {"schema": SCHEMA}
+    assert manifest.index is not None, "a manifest from schema 2 on names its index"
+    content = dataclasses.asdict(manifest) | {"schema": SCHEMA if manifest.loss_weights else UNWEIGHTED_SCHEMA}
+    if not manifest.loss_weights:
+        del content["loss_weights"]
     return json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
 
 
@@ -216,6 +221,7 @@ def _check_fields(manifest: Manifest) -> None:
     counts = [manifest.groups, *manifest.label_counts.values()]
     if any(type(n) is not int or n < 0 for count in counts for n in count.values()):
         raise ValueError("groups or label_counts that are no counts")
+    check_summary(manifest.loss_weights, SPLITS)
 
 
 def _check_order(entries: Sequence[ShardEntry]) -> None:
@@ -247,7 +253,7 @@ def build_manifest(  # noqa: PLR0913 - the manifest has that many independent en
     provenance: Mapping[str, Any],
     shards: Sequence[ShardEntry],
 ) -> Manifest:
-    """Put a manifest together; units are always the package's own, labels and index come with `write_index_and_manifest`."""
+    """Put a manifest together; units are the package's own; labels, weights and index come with `write_index_and_manifest`."""
     units = {
         "energy": "eV",
         "length": "Angstrom",
@@ -256,6 +262,6 @@ def build_manifest(  # noqa: PLR0913 - the manifest has that many independent en
         "charge": "e",
     }
     return Manifest(
-        schema=SCHEMA, name=name, level_of_theory=level_of_theory, licence=licence, units=units, labels=tuple(labels),
+        schema=UNWEIGHTED_SCHEMA, name=name, level_of_theory=level_of_theory, licence=licence, units=units, labels=tuple(labels),
         splits=splits, groups=groups, statistics=statistics, provenance=provenance, shards=tuple(shards),
     )  # fmt: skip

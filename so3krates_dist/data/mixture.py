@@ -24,6 +24,7 @@ from so3krates_dist.data.codec import Block
 from so3krates_dist.data.folder import DataFolder, open_dataset
 from so3krates_dist.data.index import FLAGS, PERIODIC, estimate_pairs
 from so3krates_dist.data.levels import Member, Reference, build_reference, check_levels, name_level
+from so3krates_dist.data.loss_weights import find_largest
 from so3krates_dist.data.manifest import Manifest
 from so3krates_dist.data.passes import Limits, find_oversized
 from so3krates_dist.data.storage import StorageSettings
@@ -49,6 +50,8 @@ class Source:
     """of the conformers that are trained on"""
     pair_cutoff: float
     """Å; pairs closer than this count in a conformer's size"""
+    loss_weight: float = 1.0
+    """factor of its errors in the training loss (`data.loss_weights`), beside each conformer's own"""
     shift: Mapping[int, float] | None = None
     """eV by atomic number, added to energies for each atom; None: nothing"""
 
@@ -171,11 +174,17 @@ class Mixture:
         check_manifests({loc: f.manifest for loc, f in zip(section.sources, folders, strict=True)})
         shares = compute_shares(section, [f.manifest.num_conformers("train") for f in folders])
         names = _name_sources([f.manifest for f in folders])
+        weights = section.loss_weights or (1.0,) * len(folders)
         sources = [
-            Source(name=name, location=location, data=data, share=share, pair_cutoff=model.pair_cutoff)
-            for name, location, data, share in zip(names, section.sources, folders, shares, strict=True)
+            Source(
+                name=name, location=location, data=data, share=share, pair_cutoff=model.pair_cutoff, loss_weight=weight
+            )
+            for name, location, data, share, weight in zip(
+                names, section.sources, folders, shares, weights, strict=True
+            )
         ]
         active = [s for s in sources if s.share]
+        check_loss_weights(active)
         members = [_describe(s, model) for s in active]
         check_levels(members, reference)
         reference = build_reference(members, [s.iter_graphs("train") for s in active], reference)
@@ -190,6 +199,11 @@ class Mixture:
     def shares(self) -> tuple[float, ...]:
         """Of each source in the conformers that are trained on."""
         return tuple(s.share for s in self.sources)
+
+    @property
+    def loss_weights(self) -> tuple[float, ...]:
+        """Of each source, beside those of single conformers; evaluation knows none."""
+        return tuple(s.loss_weight for s in self.sources)
 
     @property
     def name(self) -> str:
@@ -246,6 +260,7 @@ class Mixture:
         for source in self.sources if len(self.sources) > 1 else ():
             count = f"{source.manifest.num_conformers('train'):,} conformers"
             scale = "" if source.shift is None else ", energies shifted to the model's baselines"
+            scale += "" if source.loss_weight == 1 else f", errors count {source.loss_weight:g} times"
             lines.append(
                 f"{source.name}: {100 * source.share:.3g} % of each step, {count}, {source.manifest.level_of_theory}{scale}"
             )
@@ -315,6 +330,21 @@ def check_manifests(manifests: Mapping[str, Manifest]) -> None:
                 rule = f"have the units of {one} ({quantity} in {first.units[quantity]})"
                 remedy = "Convert one of them again into the units of the other"
                 raise DataError(two, rule, f"{quantity} in {second.units[quantity]}", remedy)
+
+
+def check_loss_weights(sources: Sequence[Source]) -> None:
+    """Raise `DataError` where errors would count for nothing in the training loss, or infinitely.
+
+    Args:
+        sources: Those that are trained on.
+    """
+    largest = [s.loss_weight * find_largest(s.manifest.loss_weights) for s in sources]
+    where, remedy = "data.loss_weights", "Change data.loss_weights or data.weights"
+    got = ", ".join(f"{s.loss_weight:g} for {s.name}" for s in sources)
+    if not any(largest):
+        raise DataError(where, "be above zero for a data set that is trained on", got, remedy)
+    if max(largest) > float(np.finfo(np.float32).max):
+        raise DataError(where, "give weights that single precision holds", got, remedy)
 
 
 def compute_shares(section: DataSection, num_conformers: Sequence[int]) -> tuple[float, ...]:

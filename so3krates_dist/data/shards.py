@@ -21,7 +21,7 @@ import webdataset.utils
 
 from so3krates_dist import files
 from so3krates_dist.data.archive import MEMBER_SUFFIX, TAR_RECORD, Member, iter_members, pad
-from so3krates_dist.data.codec import LABELS, SCHEMA, Block, check_schema, decode_block, encode_block
+from so3krates_dist.data.codec import LABELS, SCHEMA, UNWEIGHTED_SCHEMA, Block, check_schema, decode_block, encode_block
 from so3krates_dist.data.folder import (
     BlockEntry,
     DataFolder,
@@ -31,6 +31,7 @@ from so3krates_dist.data.folder import (
     open_dataset,
 )
 from so3krates_dist.data.index import IndexBuilder, UIntArray
+from so3krates_dist.data.loss_weights import check_not_all_zero, summarize
 from so3krates_dist.data.manifest import (
     INDEX_NAME,
     MANIFEST_NAME,
@@ -47,10 +48,34 @@ from so3krates_dist.data.verification import refuse_damaged
 from so3krates_dist.graph import Graph
 
 __all__ = [
-    "INDEX_NAME", "LABELS", "MANIFEST_NAME", "SCHEMA", "SPLITS", "Block", "BlockEntry", "DataFolder", "IndexBuilder", "IndexEntry",
-    "Manifest", "ShardEntry", "ShardWriter", "build_manifest", "check_dataset", "check_schema", "choose_block_size", "decode_block",
-    "decode_sample", "dump_manifest", "encode_block", "iter_graphs", "iter_shard", "load_manifest", "open_dataset",
-    "write_index_and_manifest", "write_shards",
+    "INDEX_NAME",
+    "LABELS",
+    "MANIFEST_NAME",
+    "SCHEMA",
+    "SPLITS",
+    "UNWEIGHTED_SCHEMA",
+    "Block",
+    "BlockEntry",
+    "DataFolder",
+    "IndexBuilder",
+    "IndexEntry",
+    "Manifest",
+    "ShardEntry",
+    "ShardWriter",
+    "build_manifest",
+    "check_dataset",
+    "check_schema",
+    "choose_block_size",
+    "decode_block",
+    "decode_sample",
+    "dump_manifest",
+    "encode_block",
+    "iter_graphs",
+    "iter_shard",
+    "load_manifest",
+    "open_dataset",
+    "write_index_and_manifest",
+    "write_shards",
 ]  # fmt: skip
 
 # Whatever shards are read through WebDataset in this process: no pickles, no shell commands in the place of file names.
@@ -248,15 +273,21 @@ def write_index_and_manifest(folder: Path, manifest: Manifest, index: IndexBuild
 
     Returns:
         The manifest that was written.
+
+    Raises:
+        DataError: All conformers of the training split have the weight 0 in the loss.
     """
     index = index or _build_index(folder, manifest.shards)
     assert index.num_shards == len(manifest.shards), "an index of all shards"
+    weights = summarize(index.loss_weights)
+    check_not_all_zero(weights, manifest.name)
     counts = index.label_counts
     labels = tuple(label for label in LABELS if any(counts[split][label] for split in SPLITS))
     manifest = dataclasses.replace(
         manifest,
-        schema=SCHEMA,
+        schema=SCHEMA if weights else UNWEIGHTED_SCHEMA,
         labels=labels,
+        loss_weights=weights,
         label_counts={split: {label: counts[split][label] for label in labels} for split in SPLITS},
         index=index.finish(),
     )

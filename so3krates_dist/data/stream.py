@@ -5,10 +5,12 @@ nothing about it. A process reads the blocks of its own lanes, each once in a wi
 counted; nothing is replaced. Evaluation reads a split from front to back.
 """
 
+import contextlib
 import dataclasses
 import signal
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any, Final, cast
 
 import numpy as np
@@ -185,7 +187,7 @@ class TrainingStream(Dataset[StepData]):
             num_atoms = sum(shard.num_atoms for source in sources for shard in source.manifest.of_split("train"))
             keeps = num_atoms <= MAX_KEPT_ATOMS
             every = list_blocks(sources, "train") if keeps else needed
-            blocks = HeldBlocks(sources, every, MAX_KEPT_PAIRS if keeps else 0)
+            blocks = HeldBlocks(sources, every, MAX_KEPT_PAIRS if keeps else 0, for_training=True)
         else:
             keeps, blocks = held.keeps, held.blocks
         blocks.load(needed, skip_damaged=self._on_damage == "skip")
@@ -232,7 +234,7 @@ def build_loader(
     """Yield what this process computes at some steps, prepared ahead where there are worker processes; close it to end them.
 
     Raises:
-        DataError: A block is damaged; the same error, whichever process found it.
+        DataError: A block is damaged; the same error, whichever process found it. Or a worker process died.
     """
     on_gpu = device.type == "cuda"
     carrier = _Carrier(stream)
@@ -250,10 +252,61 @@ def build_loader(
         worker_init_fn=_start_worker,
         prefetch_factor=2,
     )
-    for item in loader:
-        if isinstance(item, So3kratesError):
-            raise item
-        yield item.unpack()
+    items = iter(loader)
+    watch = _DeathWatch()
+    try:
+        for step in steps:
+            with watch.listening(step):
+                item = next(items)
+            if isinstance(item, So3kratesError):
+                raise item
+            yield item.unpack()
+    finally:
+        watch.close()
+        del items  # worker processes end with it; an error would keep it with this frame
+
+
+class _DeathWatch:
+    """Hears of the death of a worker process only while the training process waits for its data.
+
+    torch raises an error from a signal handler as soon as a worker has died, in the midst of whatever the training process does, a
+    word with the other processes among it. They would never hear why. Without that handler the pipe of a worker that died while it
+    wrote would be read for ever.
+    """
+
+    def __init__(self) -> None:
+        report = signal.getsignal(signal.SIGCHLD)
+        assert callable(report), "torch has set a handler with its first worker process"
+        self._report = report
+        self._is_waiting = False
+        signal.signal(signal.SIGCHLD, self._hear)
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        if self._is_waiting:
+            self._report(number, frame)
+
+    @contextlib.contextmanager
+    def listening(self, step: int) -> Iterator[None]:
+        """Wait inside for what the worker processes make of a step.
+
+        Raises:
+            DataError: One of them has died.
+        """
+        try:
+            self._is_waiting = True
+            self._report(signal.SIGCHLD, None)  # of deaths that it has not listened to
+            yield
+        except RuntimeError as error:
+            raise DataError(
+                f"worker processes that prepare step {step}", "stay alive", str(error).strip().rstrip("."),
+                "Start the same command again; where memory was short, lower data.num_workers",
+            ) from error.with_traceback(None)  # fmt: skip
+        finally:
+            self._is_waiting = False
+
+    def close(self) -> None:
+        """Put torch's handler back."""
+        signal.signal(signal.SIGCHLD, self._report)
 
 
 def _prepare_in_turns(carrier: "_Carrier", steps: Sequence[int], *, pin: bool) -> Iterator[StepData]:

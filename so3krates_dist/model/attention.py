@@ -3,10 +3,14 @@
 Euclidean transformer: arXiv 2309.15126; SO3LR's variant: 10.1021/jacs.5c09558. Filters are computed once per undirected pair:
 the distance and the invariants of chi_j - chi_i are the same seen from both atoms, so w_ij = w_ji exactly, and the filters are
 most of the arithmetic. Attention is not normalised by a softmax, and its sums carry the smooth envelope.
+
+A block with a `compute_dtype` rounds projections, spherical filters and their products. Radial filters resolve distances: rounding
+them too adds a third to two thirds to the error of forces, so they stay as they are, like all sums (tests/benchmarks/precision.md).
 """
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -46,6 +50,20 @@ def record_attention(
     heads = tuple(f"head {i}" for i in range(feature.shape[1]))
     record.add("feature", heads, pairs.receivers, pairs.senders, feature)
     record.add("geometric", tuple(f"l = {d}" for d in maps.degrees), pairs.receivers, pairs.senders, geometric)
+
+
+def compute_in(
+    dtype: torch.dtype | None, function: Callable[[torch.Tensor], torch.Tensor], inputs: torch.Tensor
+) -> torch.Tensor:
+    """Return a function of the inputs, with its matrix products done in `dtype`; None: in that of the inputs.
+
+    The cast belongs to the forward pass: what is differentiated later, outside, has it in its graph. Converted weights are not kept
+    by torch, since weights of a module that is evaluated without gradients may have changed until the next call.
+    """
+    if dtype is None:
+        return function(inputs)
+    with torch.autocast(inputs.device.type, dtype, cache_enabled=False):
+        return function(inputs)
 
 
 class PairNetwork(nn.Module):
@@ -118,8 +136,10 @@ class EuclideanAttention(nn.Module):
         filter_widths: Hidden widths of the radial and of the spherical filter networks.
         message_scale: Divisor of the attention coefficients (a mean number of neighbours), or None for the square root of
             the features per head.
-        low_precision: Whether projections, spherical filters and their products are done in bfloat16.
     """
+
+    compute_dtype: torch.dtype | None = None
+    """of projections, spherical filters and their products; None: that of the features. See `Potential.set_precision`"""
 
     def __init__(
         self,
@@ -130,13 +150,11 @@ class EuclideanAttention(nn.Module):
         num_radial_basis: int,
         filter_widths: tuple[int, int],
         message_scale: float | None,
-        low_precision: bool,
     ) -> None:
         super().__init__()
         num_degrees = maps.contraction.shape[1]
         self.maps = maps
         self.heads = (num_heads, num_degrees)
-        self.low_precision = low_precision
         self.scales = tuple(message_scale or math.sqrt(num_features / heads) for heads in self.heads)
         self.radial_filter = PairNetwork(num_radial_basis, filter_widths[0], num_features, 2)
         self.spherical_filter = PairNetwork(num_degrees, filter_widths[1], num_features, 2)
@@ -162,8 +180,8 @@ class EuclideanAttention(nn.Module):
         Returns:
             (num_atoms, F) and (num_atoms, ev_dim), to be added to x and chi.
         """
-        dtype = torch.bfloat16 if self.low_precision else inv_features.dtype
-        filters = self._compute_filters(ev_features, pairs, dtype)
+        dtype = self.compute_dtype or inv_features.dtype
+        filters = self._compute_filters(ev_features, pairs).to(dtype)
         query, key, value = self.feature_projections(inv_features, dtype)
         feature_weights = self._compute_coefficients(query, key, filters[0], pairs, 0)
         geometric_query, geometric_key = self.geometric_projections(inv_features, dtype)
@@ -179,22 +197,16 @@ class EuclideanAttention(nn.Module):
         ev_messages = directed.new_zeros(num_atoms, directed.shape[1]).index_add(0, pairs.receivers, directed)
         return inv_messages, ev_messages
 
-    def _compute_filters(
-        self, ev_features: torch.Tensor | None, pairs: PairGeometry, dtype: torch.dtype
-    ) -> torch.Tensor:
+    def _compute_filters(self, ev_features: torch.Tensor | None, pairs: PairGeometry) -> torch.Tensor:
         """Return (2, num_pairs, F): the filters of feature and geometric attention."""
         if ev_features is None:
             invariants: torch.Tensor = pairs.radial.new_zeros(1, self.heads[1])
         else:
             difference = ev_features.index_select(0, pairs.second) - ev_features.index_select(0, pairs.first)
             invariants = self.maps.compute_invariants(difference)
-        if dtype == invariants.dtype:
-            spherical: torch.Tensor = self.spherical_filter(invariants)
-        else:
-            with torch.autocast(invariants.device.type, dtype):
-                spherical = self.spherical_filter(invariants)
+        spherical = compute_in(self.compute_dtype, self.spherical_filter, invariants)
         radial: torch.Tensor = self.radial_filter(pairs.radial)
-        return (radial + spherical).to(dtype)
+        return radial + spherical
 
     def _compute_coefficients(
         self, query: torch.Tensor, key: torch.Tensor, filters: torch.Tensor, pairs: PairGeometry, which: int

@@ -17,8 +17,8 @@ from so3krates_dist.model.layer import (
     Exchange,
     Linear,
     build_layer_norm,
-    run_attention,
 )
+from so3krates_dist.model.recompute import carry
 from so3krates_dist.model.record import AttentionRecord
 from so3krates_dist.model.repulsion import NuclearRepulsion, share_pair_energies
 from so3krates_dist.model.spherical import DegreeMaps
@@ -40,7 +40,6 @@ class EuclideanLayer(nn.Module):
             num_radial_basis=section.num_radial_basis,
             filter_widths=widths,
             message_scale=mean_neighbors if section.message_scale == "mean_neighbors" else None,
-            low_precision=section.precision == "bf16",
         )
         build_inner, build_outer = RESIDUAL_MLPS[section.residual_mlp]
         pre, post = section.normalization == "pre", section.normalization == "post"
@@ -57,8 +56,6 @@ class EuclideanLayer(nn.Module):
         inv_features: torch.Tensor,
         ev_features: torch.Tensor | None,
         pairs: PairGeometry,
-        *,
-        recompute: bool,
         record: AttentionRecord | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the new features.
@@ -67,13 +64,10 @@ class EuclideanLayer(nn.Module):
             inv_features: (num_atoms, F).
             ev_features: (num_atoms, ev_dim); None stands for zero.
             pairs: Geometry of the neighbour pairs.
-            recompute: Compute the attention block again in the backward pass instead of keeping its values.
             record: Keeps the attention coefficients.
         """
         normed = self.pre_attention_norm(inv_features)
-        inv_messages, ev_messages = run_attention(
-            self.attention, normed, ev_features, pairs, recompute=recompute, record=record
-        )
+        inv_messages, ev_messages = self.attention(normed, ev_features, pairs, record)
         inv_features = self.inner_mlp(self.post_attention_norm(inv_features + inv_messages))
         ev_features = ev_messages if ev_features is None else ev_features + ev_messages
         inv_change, ev_change = self.exchange(self.pre_exchange_norm(inv_features), ev_features)
@@ -118,10 +112,11 @@ class EuclideanBackbone(AttentionNetwork):
             vectors: (num_pairs, 3) Å from the first to the second atom of each pair.
             record: Keeps the attention coefficients.
         """
-        pairs = self._build_pairs(batch, vectors[: batch.num_short_pairs])
+        pairs = carry(self._build_pairs, batch, vectors)
         inv_features = self.embed(batch)
-        inv_features = self.run_layers(inv_features, self._start_ev_features(inv_features, pairs), pairs, record)
-        return self.final_norm(inv_features), pairs
+        ev_features = carry(self._start_ev_features, inv_features, pairs)
+        inv_features = self.run_layers(inv_features, ev_features, pairs, record)
+        return self.run(self.final_norm, inv_features), pairs
 
     def _start_ev_features(self, inv_features: torch.Tensor, pairs: PairGeometry) -> torch.Tensor | None:
         """Return the first Euclidean variables; None stands for zero."""
@@ -132,6 +127,7 @@ class EuclideanBackbone(AttentionNetwork):
         return directed.new_zeros(len(inv_features), directed.shape[1]).index_add(0, pairs.receivers, directed)
 
     def _build_pairs(self, batch: GraphBatch, vectors: torch.Tensor) -> PairGeometry:
+        vectors = vectors[: batch.num_short_pairs]
         distances = torch.linalg.vector_norm(vectors, dim=-1)
         harmonics = self.harmonics(vectors / distances[:, None])
         first, second = batch.pair_first[: len(vectors)], batch.pair_second[: len(vectors)]
@@ -179,6 +175,10 @@ class EuclideanTransformer(EuclideanBackbone):
     ) -> dict[str, torch.Tensor]:
         """Return each atom's energy, as `Network` describes."""
         inv_features, pairs = self.compute_features(batch, vectors, record)
+        outputs: dict[str, torch.Tensor] = self.run(self._read_out, batch, inv_features, pairs)
+        return outputs
+
+    def _read_out(self, batch: GraphBatch, inv_features: torch.Tensor, pairs: PairGeometry) -> dict[str, torch.Tensor]:
         outputs = {"atom_energies": self.readout(silu(self.readout_hidden(inv_features))).squeeze(-1)}
         if self.repulsion is not None:
             outputs["physical_energies"] = compute_repulsion(self.repulsion, batch, pairs)

@@ -12,6 +12,7 @@ at a fixed cell energies are continuous. Refuses structures that are periodic al
 second derivatives by the cell are nan.
 """
 
+import functools
 import math
 from types import ModuleType
 from typing import Any, Final, Literal
@@ -22,6 +23,7 @@ from torch import nn
 from so3krates_dist.config.models import EWALD_TRUNCATION, MESH_POINTS_PER_WIDTH
 from so3krates_dist.errors import ConfigError
 from so3krates_dist.graph import GraphBatch, check_images
+from so3krates_dist.model.exact import compute_exactly
 from so3krates_dist.units import CODATA_2014_COULOMB_EV_ANGSTROM
 
 Method = Literal["ewald", "pme"]
@@ -132,14 +134,14 @@ def _compute_potentials(batch: GraphBatch, charges: torch.Tensor, method: Method
         return 0.0 * charges
     counts = batch.num_atoms.tolist()
     width = float(kernel.smearing)
-    sum_images = _sum_ewald if method == "ewald" else _sum_mesh
+    sum_images = functools.partial(_sum_ewald if method == "ewald" else _sum_mesh, kernel=kernel, width=width)
     potentials = []
     structures = zip(torch.split(batch.positions, counts), torch.split(charges, counts), strict=True)
     for graph, ((positions, values), pbc) in enumerate(zip(structures, batch.pbc.cpu().numpy(), strict=True)):
         check_images(pbc, None, 0.0, f"structure {graph} of the batch")
         if pbc.any():
             cell = batch.cell[graph]
-            total = sum_images(positions, cell, values, kernel, width) / torch.linalg.det(cell).abs()
+            total = compute_exactly(sum_images, positions, cell, values) / torch.linalg.det(cell).abs()
             potentials.append(total - kernel.self_contribution() * values)
         else:
             potentials.append(0.0 * values)

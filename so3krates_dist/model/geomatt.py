@@ -16,8 +16,10 @@ from torch.utils.checkpoint import checkpoint
 
 from so3krates_dist.config import GeomAttEnvelopeSection, GeomAttSection
 from so3krates_dist.graph import MAX_ATOMIC_NUMBER, GraphBatch
+from so3krates_dist.model.attention import compute_in
 from so3krates_dist.model.constants import ConstantsModule
 from so3krates_dist.model.geomatt_paths import AttentionPath, MatrixPath, PairRows, choose_path
+from so3krates_dist.model.recompute import Checkpointing
 from so3krates_dist.model.record import AttentionRecord
 
 EMBEDDING_GAIN: Final = 1.414
@@ -90,6 +92,10 @@ class Stream(nn.Module):
         num_centers: D.
     """
 
+    compute_dtype: torch.dtype | None = None
+    """of maps of values and of products of matrices; None: that of the features. See `Potential.set_precision`. The expansion of
+    distances stays as it is, and so do products along the list of pairs, which are sums in place"""
+
     def __init__(
         self, section: GeomAttSection | GeomAttEnvelopeSection, order: int, gain: float, num_centers: int
     ) -> None:
@@ -139,9 +145,10 @@ class Stream(nn.Module):
         """
         if factors is None:
             (factors,) = path.expand([weights])
-        operators = path.build_operators(weights, factors, self.num_steps, features.shape[-1])
+        dtype = self.compute_dtype
+        operators = path.build_operators(weights, factors, self.num_steps, features.shape[-1], dtype)
         for value, attend in zip(self.values, operators, strict=True):
-            features = features + attend(self.scale * value(features))
+            features = features + attend(self.scale * compute_in(dtype, value, features).to(features.dtype))
         return features
 
 
@@ -166,7 +173,7 @@ class _GeomAtt(nn.Module, abc.ABC):
         super().__init__()
         self.cutoff, self.reach, self.sees = section.cutoff, section.reach, section.sees
         self.algorithm = section.algorithm
-        self.checkpoint_attention = False
+        self.checkpointing: Checkpointing = "none"
         self.grid = GaussianGrid(section.grid_start, section.grid_end, section.grid_spacing, section.gaussian_precision)
         self.embedding = nn.Embedding(num_embeddings, section.num_features)
         bound = EMBEDDING_GAIN * math.sqrt(3 / section.num_features)
@@ -201,7 +208,7 @@ class _GeomAtt(nn.Module, abc.ABC):
 
     def _run_streams(self, path: AttentionPath, features: torch.Tensor, weights: list[torch.Tensor]) -> torch.Tensor:
         """Return the last features of all streams, one after the other."""
-        if self.checkpoint_attention and torch.is_grad_enabled():
+        if self.checkpointing != "none" and torch.is_grad_enabled():
             results = [
                 checkpoint(stream, features, path, folded, None, use_reentrant=False, preserve_rng_state=True)
                 for stream, folded in zip(self._list_streams(), weights, strict=True)

@@ -67,7 +67,7 @@ class AttentionPath(abc.ABC):
 
     @abc.abstractmethod
     def build_operators(
-        self, weights: torch.Tensor, factors: torch.Tensor, num_steps: int, width: int
+        self, weights: torch.Tensor, factors: torch.Tensor, num_steps: int, width: int, dtype: torch.dtype | None = None
     ) -> list[Operator]:
         """Return the attention of each layer of a stream.
 
@@ -76,6 +76,7 @@ class AttentionPath(abc.ABC):
             factors: The same stream's from `expand`.
             num_steps: Steps of a walk, order - 1; one factor stands for all of them where it is shared.
             width: V of the values.
+            dtype: Of products of matrices; None: that of the factors.
         """
 
 
@@ -143,20 +144,28 @@ class MatrixPath(AttentionPath):
         return [c.view(*w.shape[:3], *self.shape) for c, w in zip(channels, weights, strict=True)]
 
     def build_operators(
-        self, weights: torch.Tensor, factors: torch.Tensor, num_steps: int, width: int
+        self, weights: torch.Tensor, factors: torch.Tensor, num_steps: int, width: int, dtype: torch.dtype | None = None
     ) -> list[Operator]:
         """Form alpha, or apply one factor after the other where that is less arithmetic."""
+        rounded = factors.to(dtype or factors.dtype)
         if num_steps > 1 and self.shape[1] * (num_steps - 1) > num_steps * width:
-            return [functools.partial(_apply_chain, layer, num_steps) for layer in factors]
-        return [functools.partial(torch.matmul, alpha) for alpha in self.compute_alpha(factors, num_steps)]
+            return [functools.partial(_apply_chain, layer, num_steps) for layer in rounded]
+        alphas = self.compute_alpha(rounded, num_steps, factors.dtype)
+        return [functools.partial(_multiply, alpha) for alpha in alphas.to(rounded.dtype)]
 
-    def compute_alpha(self, factors: torch.Tensor, num_steps: int) -> torch.Tensor:
-        """Return (layers, num_graphs, largest, largest): sum over channels of A^1 A^2 ... (arXiv 2106.02549)."""
+    def compute_alpha(self, factors: torch.Tensor, num_steps: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Return (layers, num_graphs, largest, largest): sum over channels of A^1 A^2 ... (arXiv 2106.02549).
+
+        Args:
+            factors: (layers, factors, channels, num_graphs, largest, largest).
+            num_steps: Steps of a walk.
+            dtype: Of the sum over channels; None: that of the factors.
+        """
         by_factor = factors.unbind(1)
         chain = by_factor[0]
         for step in range(1, num_steps):
             chain = chain @ by_factor[min(step, len(by_factor) - 1)]
-        return chain.sum(1)
+        return chain.sum(1, dtype=dtype)
 
     def list_pairs(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return receivers and senders of all ordered pairs, an atom with itself included, as `is_pair` selects them."""
@@ -165,11 +174,16 @@ class MatrixPath(AttentionPath):
 
 
 def _apply_chain(factors: torch.Tensor, num_steps: int, values: torch.Tensor) -> torch.Tensor:
-    """Apply (factors, channels, graphs, N, N) to (graphs, N, V) from the right."""
-    chain = values
+    """Apply (factors, channels, graphs, N, N) to (graphs, N, V) from the right, in the dtype of the factors."""
+    chain = values.to(factors.dtype)
     for step in reversed(range(num_steps)):
         chain = _get_factor(factors, step) @ chain
-    return chain.sum(0)
+    return chain.sum(0, dtype=values.dtype)
+
+
+def _multiply(alpha: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Apply (graphs, N, N) to (graphs, N, V), in the dtype of the former."""
+    return (alpha @ values.to(alpha.dtype)).to(values.dtype)
 
 
 class ListPath(AttentionPath):
@@ -194,7 +208,7 @@ class ListPath(AttentionPath):
         return [c.view(len(c), *w.shape[:3]).permute(1, 2, 0, 3) for c, w in zip(channels, weights, strict=True)]
 
     def build_operators(
-        self, weights: torch.Tensor, factors: torch.Tensor, num_steps: int, width: int
+        self, weights: torch.Tensor, factors: torch.Tensor, num_steps: int, width: int, dtype: torch.dtype | None = None
     ) -> list[Operator]:
         """Apply one factor after the other, from the right."""
         selves, tails = weights @ self.pairs.self_row, weights[..., -1]

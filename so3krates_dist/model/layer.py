@@ -10,10 +10,10 @@ from typing import Any, Final
 import torch
 from torch import nn
 from torch.nn.functional import silu
-from torch.utils.checkpoint import checkpoint
 
 from so3krates_dist.config import EuclideanTransformerSection, So3kratesSection, So3lrSection
 from so3krates_dist.model.radial import CUTOFF_FUNCTIONS, build_radial_basis
+from so3krates_dist.model.recompute import Checkpointing, carry, has_tangent, run_again
 from so3krates_dist.model.record import AttentionRecord
 from so3krates_dist.model.spherical import DegreeMaps, SphericalHarmonics
 
@@ -40,9 +40,24 @@ class Linear(nn.Linear):
             nn.init.zeros_(self.bias)
 
 
+class LayerNorm(nn.LayerNorm):
+    """Torch's, except that inputs with a forward derivative are normalised by simple operations.
+
+    Of torch's own operation (2.13) the forward derivative is right, but the derivative of that by input and weights is not.
+    """
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Map (num_atoms, F) to the same shape."""
+        if not has_tangent(inputs):
+            return super().forward(inputs)
+        deviations = inputs - inputs.mean(-1, keepdim=True)
+        variances = (deviations * deviations).mean(-1, keepdim=True)
+        return deviations * (variances + self.eps).rsqrt() * self.weight + self.bias
+
+
 def build_layer_norm(num_features: int, enabled: bool) -> nn.Module:
     """Return a LayerNorm with the papers' epsilon, or nothing."""
-    return nn.LayerNorm(num_features, eps=LAYER_NORM_EPSILON) if enabled else nn.Identity()
+    return LayerNorm(num_features, eps=LAYER_NORM_EPSILON) if enabled else nn.Identity()
 
 
 class GatedResidual(nn.Module):
@@ -115,24 +130,6 @@ class Exchange(nn.Module):
         return change, self.maps.repeat(factors) * ev_features
 
 
-def run_attention(
-    attention: nn.Module, *inputs: Any, recompute: bool, record: AttentionRecord | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the messages of an attention block to the features and to the Euclidean variables.
-
-    Args:
-        attention: The block.
-        inputs: What it takes before the record.
-        recompute: Compute the block again in the backward pass instead of keeping its values.
-        record: Keeps the attention coefficients.
-    """
-    if recompute:
-        inv_messages, ev_messages = checkpoint(attention, *inputs, use_reentrant=False, preserve_rng_state=True)
-    else:
-        inv_messages, ev_messages = attention(*inputs, record)
-    return inv_messages, ev_messages
-
-
 class AttentionNetwork(nn.Module):
     """What So3krates and the Euclidean transformer have in common: geometry of the pairs, element table, layer after layer.
 
@@ -150,7 +147,7 @@ class AttentionNetwork(nn.Module):
     ) -> None:
         super().__init__()
         self.cutoff, self.reach, self.sees = section.cutoff, section.reach, section.sees
-        self.checkpoint_attention = False
+        self.checkpointing: Checkpointing = "none"
         self.compute_envelope = CUTOFF_FUNCTIONS[section.cutoff_function]
         self.radial_basis = build_radial_basis(section.radial_basis, section.num_radial_basis, section.cutoff)
         self.harmonics = SphericalHarmonics(section.degrees)
@@ -169,9 +166,20 @@ class AttentionNetwork(nn.Module):
             pairs: Geometry of the pairs, as the layers take it.
             record: Keeps the attention coefficients.
         """
-        recompute = self.checkpoint_attention and torch.is_grad_enabled() and record is None
         for number, layer in enumerate(self.layers):
-            if record is not None:
+            if record is None:
+                inv_features, ev_features = self.run(layer, inv_features, ev_features, pairs)
+            else:
                 record.layer = number
-            inv_features, ev_features = layer(inv_features, ev_features, pairs, recompute=recompute, record=record)
+                inv_features, ev_features = layer(inv_features, ev_features, pairs, record)
         return inv_features
+
+    def run(self, function: Callable[..., Any], *inputs: Any) -> Any:
+        """Return what a part of the network returns, which is computed again in the backward pass where that is asked for.
+
+        Args:
+            function: As for `run_again`.
+            inputs: Likewise.
+        """
+        again = self.checkpointing != "none" and torch.is_grad_enabled()
+        return run_again(function, *inputs) if again else carry(function, *inputs)

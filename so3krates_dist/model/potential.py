@@ -25,7 +25,12 @@ from so3krates_dist.graph import (
     check_box,
 )
 from so3krates_dist.model.constants import ConstantsModule
+from so3krates_dist.model.exact import multiply_exactly
+from so3krates_dist.model.recompute import Checkpointing, Dual, carry
 from so3krates_dist.model.record import AttentionMap, AttentionRecord
+
+DERIVATIVE_BY: Final = "derivative_by_"
+"""How outputs begin that only the first of two passes has (train/two_pass.py): derivatives of the energies by what is varied"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -209,8 +214,8 @@ class Network(Protocol):
     """what is used of a structure besides elements and positions"""
     uses_positions: bool
     """whether energies depend on positions and cell other than through the pair vectors"""
-    checkpoint_attention: bool
-    """compute the attention blocks again in the backward pass"""
+    checkpointing: Checkpointing
+    """what is computed again in the backward pass instead of being kept, as `train.activation_checkpointing`"""
 
     def __call__(
         self, batch: GraphBatch, vectors: torch.Tensor, record: AttentionRecord | None = None
@@ -219,7 +224,8 @@ class Network(Protocol):
 
         Args:
             batch: Structures; their positions are read only where `uses_positions` says so, or for outputs other than energies.
-            vectors: (num_pairs, 3) Å from the first to the second atom of each pair.
+            vectors: (num_pairs, 3) Å from the first to the second atom of each pair; with `low_memory` it may be a `Dual`, and
+                so may be cell and positions of the batch: parts that see them are called by `carry` or `run_again`.
             record: Keeps the attention coefficients.
 
         Returns:
@@ -263,6 +269,18 @@ class Potential(ConstantsModule):
     def as_network(self) -> Network:
         """The network, with the type that it has."""
         return cast(Network, self.network)
+
+    def set_precision(self, name: str) -> None:
+        """Set the arithmetic of the parts that may be done coarsely; weights, geometry, sums and outputs stay as they are.
+
+        Args:
+            name: As `train.precision`. bf16-mixed: what has a `compute_dtype` is done in bfloat16; with any other, all is done in
+                the dtype of the weights.
+        """
+        compute_dtype = torch.bfloat16 if name == "bf16-mixed" else None
+        for module in self.modules():
+            if hasattr(type(module), "compute_dtype"):
+                module.compute_dtype = compute_dtype  # type: ignore[assignment]
 
     def check_structure(self, graph: Graph) -> None:
         """Raise `DataError` where the model means nothing for a structure: elements, periodic directions, electrons."""
@@ -320,21 +338,28 @@ class Potential(ConstantsModule):
         """Atomic numbers that the model was trained on."""
         return self.statistics.elements
 
-    def forward(self, batch: GraphBatch, compute_stress: bool = False) -> dict[str, torch.Tensor]:
+    def forward(
+        self, batch: GraphBatch, compute_stress: bool = False, cotangents: Mapping[str, torch.Tensor] | None = None
+    ) -> dict[str, torch.Tensor]:
         """Compute energies and their derivatives.
 
         Args:
             batch: Structures with their pairs up to at least `cutoffs`.
             compute_stress: Return stress too; nan for structures without a cell.
+            cotangents: Derivatives of a loss by outputs of the first of two passes; asks for the second (train/two_pass.py).
 
         Returns:
             `energy` (num_graphs,) eV in float64; `forces` (num_atoms, 3) eV/Å; on request `stress` (num_graphs, 3, 3)
             eV/Å³; and the network's other outputs under their names. In training mode they can be differentiated by the
             weights, in evaluation mode they are detached.
+
+            In training mode with `low_memory` they can not: they are leaves, or made of derivatives of the energies, which are
+            leaves too and come with them. With cotangents `surrogate` is returned, whose gradient by the weights is the loss's.
         """
         with torch.enable_grad():
-            differentiate = self._differentiate_positions if self.network.uses_positions else self._differentiate_pairs
-            results = differentiate(batch, compute_stress)
+            if cotangents is not None:
+                return {"surrogate": self._compute_surrogate(batch, cotangents)}
+            results = self._differentiate(batch, compute_stress)
         return results if self.training else {k: v.detach() for k, v in results.items()}
 
     def record_attention(self, batch: GraphBatch) -> list[AttentionMap]:
@@ -344,36 +369,72 @@ class Potential(ConstantsModule):
             self.as_network(batch, compute_vectors(batch), record)
         return record.maps
 
-    def _differentiate_pairs(self, batch: GraphBatch, compute_stress: bool) -> dict[str, torch.Tensor]:
-        """One derivative by the pair vectors gives forces and stress: energies depend on nothing else."""
-        vectors = compute_vectors(batch).detach().requires_grad_(True)
-        atom_energies, results = self._evaluate(batch, vectors)
-        (gradient,) = torch.autograd.grad(atom_energies.sum(), vectors, create_graph=self.training)
-        results["forces"] = _sum_forces(batch, gradient)
-        if compute_stress:
-            results["stress"] = _compute_stress(batch, vectors.detach(), gradient)
+    def _differentiate(self, batch: GraphBatch, compute_stress: bool) -> dict[str, torch.Tensor]:
+        is_first_of_two = self.training and self.as_network.checkpointing == "low_memory"
+        variables = {name: values.requires_grad_() for name, values in self._list_variables(batch).items()}
+        atom_energies, results = self._evaluate(*self._place(batch, variables))
+        gradients = torch.autograd.grad(
+            atom_energies.sum(), list(variables.values()), create_graph=self.training and not is_first_of_two
+        )
+        if is_first_of_two:
+            results = {name: values.detach().requires_grad_() for name, values in results.items()}
+            results |= {DERIVATIVE_BY + name: g.requires_grad_() for name, g in zip(variables, gradients, strict=True)}
+        if not self.network.uses_positions:
+            results["forces"] = _sum_forces(batch, gradients[0])
+            if compute_stress:
+                results["stress"] = _compute_stress(batch, variables["vectors"].detach(), gradients[0])
+        else:
+            results["forces"] = -gradients[0]
+            if compute_stress:
+                results["stress"] = _divide_by_volume(batch, gradients[1])
         return results
 
-    def _differentiate_positions(self, batch: GraphBatch, compute_stress: bool) -> dict[str, torch.Tensor]:
-        """Derivatives by positions and by strain, for energies with a reciprocal part."""
-        positions = batch.positions.detach().requires_grad_(True)
-        strain = positions.new_zeros(batch.num_graphs, 3, 3).requires_grad_(True)
+    def _list_variables(self, batch: GraphBatch) -> dict[str, torch.Tensor]:
+        """Return by what energies are differentiated.
+
+        The pair vectors: one derivative gives forces and stress, where energies depend on nothing else. With a reciprocal part
+        positions and strain.
+        """
+        if not self.network.uses_positions:
+            return {"vectors": compute_vectors(batch).detach()}
+        return {"positions": batch.positions.detach(), "strain": batch.positions.new_zeros(batch.num_graphs, 3, 3)}
+
+    def _place(self, batch: GraphBatch, variables: Mapping[str, torch.Tensor]) -> tuple[GraphBatch, torch.Tensor]:
+        """Return what the network takes, as a function of `_list_variables`."""
+        if "vectors" in variables:
+            return batch, variables["vectors"]
+        strain = variables["strain"]
         deformation = torch.eye(3, dtype=strain.dtype, device=strain.device) + (strain + strain.transpose(1, 2)) / 2
         moved = dataclasses.replace(
             batch,
-            positions=torch.einsum("ni,nij->nj", positions, deformation[batch.graph_index]),
-            cell=None if batch.cell is None else batch.cell @ deformation,
+            positions=multiply_exactly(variables["positions"], deformation[batch.graph_index], "ni,nij->nj"),
+            cell=None if batch.cell is None else multiply_exactly(batch.cell, deformation),
         )
-        atom_energies, results = self._evaluate(moved, compute_vectors(moved))
-        gradient, virials = torch.autograd.grad(atom_energies.sum(), (positions, strain), create_graph=self.training)
-        results["forces"] = -gradient
-        if compute_stress:
-            results["stress"] = _divide_by_volume(batch, virials)
-        return results
+        return moved, compute_vectors(moved)
+
+    def _compute_surrogate(self, batch: GraphBatch, cotangents: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Return a number with the gradient by the weights of the loss whose derivatives by outputs are given."""
+        variables: dict[str, Any] = dict(self._list_variables(batch))
+        for name, values in variables.items():
+            if DERIVATIVE_BY + name in cotangents:
+                variables[name] = Dual(values, cotangents[DERIVATIVE_BY + name])
+        moved, vectors = carry(self._place, batch, variables)
+        atom_energies, results = carry(self._add_up, moved, self.as_network(moved, vectors))
+        parts = [atom_energies.tangent.sum()] if isinstance(atom_energies, Dual) else []
+        for name, values in results.items():
+            if name in cotangents:
+                parts.append((cotangents[name] * (values.primal if isinstance(values, Dual) else values)).sum())
+        return torch.stack([part.to(batch.positions.dtype) for part in parts]).sum()
 
     def _evaluate(self, batch: GraphBatch, vectors: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Return each atom's energy without its baseline (eV), and the results that need no derivative."""
-        outputs = dict(self.as_network(batch, vectors))
+        return self._add_up(batch, self.as_network(batch, vectors))
+
+    def _add_up(
+        self, batch: GraphBatch, outputs: Mapping[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Return the same from the network's outputs."""
+        outputs = dict(outputs)
         atom_energies = outputs.pop("atom_energies") * self.statistics.energy_scale
         physical = outputs.pop("physical_energies", None)
         if physical is not None:
@@ -392,7 +453,7 @@ def compute_vectors(batch: GraphBatch) -> torch.Tensor:
     if batch.pair_shifts is None or batch.cell is None:
         return vectors
     cells = batch.cell[batch.graph_index[batch.pair_first]]
-    return vectors + torch.einsum("pi,pij->pj", batch.pair_shifts, cells)
+    return vectors + multiply_exactly(batch.pair_shifts, cells, "pi,pij->pj")
 
 
 def _sum_forces(batch: GraphBatch, gradient: torch.Tensor) -> torch.Tensor:

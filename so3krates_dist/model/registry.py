@@ -34,7 +34,7 @@ FORMAT: Final = 2
 WEIGHTS_NAME: Final = "model.safetensors"
 CONFIG_NAME: Final = "config.json"
 
-CHANGEABLE: Final = ("long_range_cutoff", "electrostatics", "algorithm", "precision")
+CHANGEABLE: Final = ("long_range_cutoff", "electrostatics", "algorithm")
 """Options that may be set otherwise in a trained model: its weights mean the same with them"""
 
 NETWORKS: Final[dict[str, Callable[[Any, float], nn.Module]]] = {
@@ -154,7 +154,7 @@ def load_model(
 def change_model(
     potential: Potential, changes: Mapping[str, Any], *, device: torch.device | str, dtype: torch.dtype
 ) -> Potential:
-    """Return a copy of a model for use, as `load_model` would: evaluation mode, weights frozen, options set otherwise.
+    """Return a copy of a model for use, as `load_model` would: evaluation mode, weights frozen, nothing rounded, options changed.
 
     Args:
         potential: It is left as it is.
@@ -174,11 +174,12 @@ def change_model(
         raise ConfigError(f"model.{option}", "be an option of the model", "one without configuration", "Leave it out")
     else:
         changed = copy.deepcopy(potential)
+        changed.set_precision("float32")
     return changed.to(device=device, dtype=dtype).eval().requires_grad_(False)
 
 
 def _change(section: ModelSection, changes: Mapping[str, Any]) -> ModelSection:
-    """Return the section of a model for use, in float32 where its section says bf16: that is no smooth energy."""
+    """Return the section of a model with other options, those of `CHANGEABLE` that it has."""
     names = {field.name for field in dataclasses.fields(section)}
     for name, value in changes.items():
         if name not in names:
@@ -189,8 +190,7 @@ def _change(section: ModelSection, changes: Mapping[str, Any]) -> ModelSection:
             others = ", ".join(n for n in CHANGEABLE if n in names)
             rule = "stay as it was in training" + (f"; only {others} may change" if others else "")
             raise ConfigError(f"model.{name}", rule, value, "Leave it out, or train another model")
-    precision = {"precision": "float32"} if "precision" in names else {}
-    changed = dataclasses.replace(section, **{**precision, **changes})
+    changed = dataclasses.replace(section, **changes)
     cutoff = changes.get("long_range_cutoff")
     if cutoff is not None and changed.reach != (cutoff or math.inf):
         rule = "be left out where the model has no energy that ends there"

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn.functional import softplus
 
+from so3krates_dist.model.exact import multiply_exactly
 from so3krates_dist.units import CODATA_2014_BOHR_ANGSTROM, CODATA_2014_COULOMB_EV_ANGSTROM
 
 RANGE: Final = 1.5
@@ -79,7 +80,8 @@ class NuclearRepulsion(nn.Module):
         power = softplus(self.power)
         reduced = distances * softplus(self.inverse_length) * (numbers_first**power + numbers_second**power)
         weights = softplus(self.weights)
-        screening = torch.exp(-reduced[:, None] * softplus(self.exponents)) @ (weights / weights.sum())
+        terms = torch.exp(-reduced[:, None] * softplus(self.exponents))
+        screening = multiply_exactly(terms, weights / weights.sum())
         coulomb = CODATA_2014_COULOMB_EV_ANGSTROM * numbers_first * numbers_second / distances
         return coulomb * screening * envelope * compute_switch(distances, 0.0, RANGE)
 

@@ -11,6 +11,7 @@ molecules, because the spherical cutoff is one over the number of atoms.
 """
 
 import dataclasses
+import functools
 import math
 from typing import Final
 
@@ -20,9 +21,11 @@ from torch.nn.functional import silu
 
 from so3krates_dist.config import So3kratesSection
 from so3krates_dist.graph import MAX_ATOMIC_NUMBER, GraphBatch
-from so3krates_dist.model.attention import HeadProjections, PairNetwork
+from so3krates_dist.model.attention import HeadProjections, PairNetwork, compute_in
 from so3krates_dist.model.constants import ConstantsModule
-from so3krates_dist.model.layer import AttentionNetwork, Linear, build_layer_norm, run_attention
+from so3krates_dist.model.exact import multiply_exactly
+from so3krates_dist.model.layer import AttentionNetwork, Linear, build_layer_norm
+from so3krates_dist.model.recompute import carry
 from so3krates_dist.model.record import AttentionRecord
 from so3krates_dist.model.spherical import (
     DegreeMaps,
@@ -113,6 +116,9 @@ class So3kratesAttention(nn.Module):
         maps: Tables of the degrees; the geometric attention has one head per degree.
     """
 
+    compute_dtype: torch.dtype | None = None
+    """of projections, spherical filters and their products; None: that of the features. See `Potential.set_precision`"""
+
     def __init__(self, section: So3kratesSection, maps: DegreeMaps) -> None:
         super().__init__()
         features, num_degrees = section.num_features, len(maps.degrees)
@@ -144,21 +150,22 @@ class So3kratesAttention(nn.Module):
         """
         receivers, senders = pairs.receivers, pairs.senders
         short_receivers, short_senders = pairs.short_receivers, pairs.short_senders
+        dtype = self.compute_dtype or inv_features.dtype
         squares, sizes = self._compute_squares(ev_features, pairs)
         feature_filters, geometric_filters = self._compute_filters(compute_lengths(squares, sizes), pairs)
 
-        query, key, value = self.feature_projections(inv_features, inv_features.dtype)
+        query, key, value = self.feature_projections(inv_features, dtype)
         products = query.index_select(0, short_receivers) * key.index_select(0, short_senders)
         short_envelope = pairs.envelope[: pairs.num_short].repeat(2)
-        feature_weights = _reduce_heads(products, feature_filters, self.num_heads) * short_envelope[:, None]
+        feature_weights = _reduce_heads(products, feature_filters.to(dtype), self.num_heads, short_envelope)
 
-        query, key = self.geometric_projections(inv_features, inv_features.dtype)
+        query, key = self.geometric_projections(inv_features, dtype)
         products = query.index_select(0, receivers) * key.index_select(0, senders)
         envelope = pairs.envelope.repeat(2)
         if pairs.sphc_cutoffs is not None:
             lengths = compute_lengths(squares.sum(-1), sizes.squeeze(-1)).repeat(2)
             envelope = envelope + compute_spherical_neighborhood(lengths, receivers, pairs.sphc_cutoffs)
-        geometric_weights = _reduce_heads(products, geometric_filters, len(self.maps.degrees)) * envelope[:, None]
+        geometric_weights = _reduce_heads(products, geometric_filters.to(dtype), len(self.maps.degrees), envelope)
 
         if record is not None:
             heads = tuple(f"head {i}" for i in range(self.num_heads))
@@ -185,25 +192,31 @@ class So3kratesAttention(nn.Module):
             lengths: (num_pairs, num_degrees) distances between SPHC.
             pairs: Geometry of the pairs.
         """
-        near = self.radial_filter(pairs.radial) + self.spherical_filter(lengths[: pairs.num_short])
+        near_lengths = lengths[: pairs.num_short]
+        near = self.radial_filter(pairs.radial) + compute_in(self.compute_dtype, self.spherical_filter, near_lengths)
         if pairs.sphc_cutoffs is None:
             return near[0], near[1]
         beyond_cutoff = self.radial_filter.evaluate_one(1, pairs.radial.new_zeros(1, pairs.radial.shape[1]))
-        far = beyond_cutoff + self.spherical_filter.evaluate_one(1, lengths[pairs.num_short :])
+        evaluate = functools.partial(self.spherical_filter.evaluate_one, 1)
+        far = beyond_cutoff + compute_in(self.compute_dtype, evaluate, lengths[pairs.num_short :])
         return near[0], torch.cat([near[1], far])
 
 
-def _reduce_heads(products: torch.Tensor, filters: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """Return (num_edges, heads): the sum over a head's features of q_i w_ij k_j, over the square root of their number.
+def _reduce_heads(
+    products: torch.Tensor, filters: torch.Tensor, num_heads: int, envelope: torch.Tensor
+) -> torch.Tensor:
+    """Return (num_edges, heads): envelope times the sum over a head's features of q_i w_ij k_j over the root of their number.
 
     Args:
         products: (num_edges, F) q_i k_j, first the pairs as given, then reversed.
         filters: (num_pairs, F).
         num_heads: Heads.
+        envelope: (num_edges,) weight of each edge, in the dtype of the result.
     """
     width = filters.shape[1] // num_heads
     filtered = products.view(2, *filters.shape) * filters
-    return filtered.view(len(products), num_heads, width).sum(-1) / math.sqrt(width)
+    sums = filtered.view(len(products), num_heads, width).sum(-1, dtype=envelope.dtype)
+    return sums / math.sqrt(width) * envelope[:, None]
 
 
 class SelfMixing(ConstantsModule):
@@ -230,7 +243,7 @@ class SelfMixing(ConstantsModule):
         """Map (num_atoms, ev_dim) to the same shape."""
         products = ev_features.index_select(1, self.left) * ev_features.index_select(1, self.right)
         mixing = self.coefficients.to(products.dtype) * self.factors.flatten()[self.positions]
-        return products @ mixing
+        return multiply_exactly(products, mixing)
 
 
 class Interaction(nn.Module):
@@ -313,8 +326,6 @@ class So3kratesLayer(nn.Module):
         inv_features: torch.Tensor,
         ev_features: torch.Tensor,
         pairs: So3kratesPairs,
-        *,
-        recompute: bool,
         record: AttentionRecord | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the new features.
@@ -323,12 +334,9 @@ class So3kratesLayer(nn.Module):
             inv_features: (num_atoms, F).
             ev_features: (num_atoms, ev_dim) SPHC.
             pairs: Geometry of the pairs.
-            recompute: Compute the attention block again in the backward pass instead of keeping its values.
             record: Keeps the attention coefficients.
         """
-        inv_messages, ev_messages = run_attention(
-            self.attention, inv_features, ev_features, pairs, recompute=recompute, record=record
-        )
+        inv_messages, ev_messages = self.attention(inv_features, ev_features, pairs, record)
         inv_features = self.attention_norm(inv_features + inv_messages)
         ev_features = self.attention_sphc_norm(ev_features + ev_messages)
         inv_features, ev_features = self.interaction(inv_features, ev_features)
@@ -366,11 +374,15 @@ class So3krates(AttentionNetwork):
             vectors: (num_pairs, 3) Å from the first to the second atom of each pair.
             record: Keeps the attention coefficients.
         """
-        pairs = self._build_pairs(batch, vectors)
+        pairs = carry(self._build_pairs, batch, vectors)
         inv_features = self.embedding(batch.atomic_numbers)
-        inv_features = self.run_layers(inv_features, self._start_sphc(len(inv_features), pairs), pairs, record)
+        ev_features = carry(self._start_sphc, len(inv_features), pairs)
+        inv_features = self.run_layers(inv_features, ev_features, pairs, record)
+        return {"atom_energies": self.run(self._read_out, inv_features)}
+
+    def _read_out(self, inv_features: torch.Tensor) -> torch.Tensor:
         energies: torch.Tensor = self.readout(silu(self.readout_hidden(inv_features)))
-        return {"atom_energies": energies.squeeze(-1)}
+        return energies.squeeze(-1)
 
     def _build_pairs(self, batch: GraphBatch, vectors: torch.Tensor) -> So3kratesPairs:
         num_short = batch.num_short_pairs

@@ -14,6 +14,7 @@ from torch.nn.functional import silu, softplus
 
 from so3krates_dist.config import So3lrSection
 from so3krates_dist.graph import MAX_ATOMIC_NUMBER, GraphBatch
+from so3krates_dist.model.attention import PairGeometry
 from so3krates_dist.model.euclidean_transformer import EuclideanBackbone, compute_repulsion
 from so3krates_dist.model.layer import Linear
 from so3krates_dist.model.longrange import (
@@ -165,6 +166,12 @@ class So3lr(EuclideanBackbone):
         on which image of an atom is meant.
         """
         inv_features, pairs = self.compute_features(batch, vectors, record)
+        outputs: dict[str, torch.Tensor] = self.run(self._read_out, batch, vectors, inv_features, pairs)
+        return outputs
+
+    def _read_out(
+        self, batch: GraphBatch, vectors: torch.Tensor, inv_features: torch.Tensor, pairs: PairGeometry
+    ) -> dict[str, torch.Tensor]:
         numbers = batch.atomic_numbers
         learned = self.readout(silu(self.readout_hidden(inv_features))).squeeze(-1)
         raw_charges = self.charge_head(inv_features, numbers)

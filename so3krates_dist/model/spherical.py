@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from so3krates_dist.model.constants import ConstantsModule
+from so3krates_dist.model.exact import multiply_exactly
 
 
 def compute_ev_dim(degrees: Sequence[int]) -> int:
@@ -123,7 +124,7 @@ class SphericalHarmonics(ConstantsModule):
         parts = [harmonics] if self.degrees[0] == 0 else []
         for degree in range(1, self.degrees[-1] + 1):
             product = (permuted[:, :, None] * harmonics[:, None, :]).flatten(1)
-            harmonics = product @ getattr(self, f"coupling_{degree}").to(product.dtype)
+            harmonics = multiply_exactly(product, getattr(self, f"coupling_{degree}").to(product.dtype))
             if degree in self.degrees:
                 parts.append(harmonics)
         return torch.cat(parts, dim=1)
@@ -167,8 +168,8 @@ class DegreeMaps(ConstantsModule):
 
         A polynomial, unlike a norm, so all derivatives exist where the variable vanishes.
         """
-        return (ev_features * ev_features) @ self.contraction.to(ev_features.dtype)
+        return multiply_exactly(ev_features * ev_features, self.contraction.to(ev_features.dtype))
 
     def sum_squares(self, ev_features: torch.Tensor) -> torch.Tensor:
         """Return (..., num_degrees) squared lengths of each degree of (..., ev_dim)."""
-        return (ev_features * ev_features) @ self.membership.to(ev_features.dtype)
+        return multiply_exactly(ev_features * ev_features, self.membership.to(ev_features.dtype))

@@ -26,9 +26,10 @@ from so3krates_dist.distributed import Rank, broadcast_text, reduce_sum
 from so3krates_dist.errors import ConfigError
 from so3krates_dist.graph import GraphBatch, collate
 from so3krates_dist.model.potential import Potential
-from so3krates_dist.train.losses import compute_loss, count_labels
+from so3krates_dist.train.losses import compute_loss, compute_weights, count_labels
 from so3krates_dist.train.memory import find_available_bytes, measure_peak
 from so3krates_dist.train.probes import Probes
+from so3krates_dist.train.two_pass import TwoPass
 
 MEASURED_SHARE: Final = 0.25
 """of the memory that the passes of the fit are allowed to grow to; the check afterwards takes the rest"""
@@ -155,7 +156,7 @@ class _Bench:
         self._potential, self._section, self._device, self._probes = potential, section, device, probes
         self._weights = [p for p in potential.parameters() if p.requires_grad]
         assert potential.training, "outputs cannot be differentiated by the weights in evaluation mode"
-        self.num_passes = 0
+        self.num_passes, self._passes = 0, TwoPass(potential)
         # Where a single thread does it all, what else the machine does need not count.
         own_time = device.type == "cpu" and torch.get_num_threads() == 1
         self._clock = time.process_time if own_time else time.perf_counter
@@ -172,14 +173,13 @@ class _Bench:
     def _run(self, batch: GraphBatch) -> None:
         """Do what the training loop does with a micro-batch, but for the gradients, which are given up."""
         devices = [self._device] if self._device.type == "cuda" else []
-        counts = count_labels(batch)
+        weights, scale = compute_weights(0, self._section), self._potential.statistics.energy_scale
         with torch.random.fork_rng(devices=devices):
-            moved = batch.to(self._device)
-            outputs = self._potential(moved, compute_stress=self._section.stress_weight > 0)
-            scale = self._potential.statistics.energy_scale
-            loss, _ = compute_loss(outputs, moved, counts, self._section, scale)
+            moved = batch.to(self._device, self._weights[0].dtype)
+            outputs = self._passes.forward(self._potential, moved, self._section.trains("stress"))
+            loss, _ = compute_loss(outputs, moved, count_labels(batch), self._section, weights, scale)
             # Not backward(): it would add to gradients, and set off the engine's hooks.
-            torch.autograd.grad(loss, self._weights, allow_unused=True)
+            torch.autograd.grad(self._passes.finish(self._potential, loss), self._weights, allow_unused=True)
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
 

@@ -1,11 +1,12 @@
 """The run folder and its checkpoints: nothing that was written is ever lost, nothing half-written is ever read.
 
-A checkpoint is a folder `checkpoints/step_XXXXXXXX` of safetensors files and a `manifest.json` with the sha256 of each. It is
-written under a temporary name, synced, and renamed when complete; older ones go only after that. All of it is written by
-rank 0 from whole tensors, so a checkpoint does not depend on ZeRO stage or number of processes, and there is no pickle.
+A checkpoint is a folder `checkpoints/step_XXXXXXXX` of safetensors files and a `manifest.json` with the sha256 of each. How it is
+written is in `saving.py`. Each file holds whole tensors, so a checkpoint does not depend on the ZeRO stage, and can be read by any
+number of processes; there is no pickle. In format 1 there was one file, written by rank 0.
 
 Reading takes the newest checkpoint whose files are what the manifest says, and says so where that is not the newest of all.
-Rank 0 decides and tells the others.
+Rank 0 decides and tells the others. A folder of checkpoints may have been altered: only regular files of the names that this
+package gives are opened, whatever the manifest says, and nothing in them is ever executed.
 """
 
 import dataclasses
@@ -13,34 +14,53 @@ import errno
 import fcntl
 import hashlib
 import json
-import shutil
+import math
+import os
+import re
+import socket
+import stat
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any, Final
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
 
 from so3krates_dist.config import RunConfig, dump_config, read_config, to_plain
-from so3krates_dist.errors import CheckpointError
-from so3krates_dist.files import hash_file, sync_file, sync_folder, write_text
+from so3krates_dist.distributed import read_job
+from so3krates_dist.errors import CheckpointError, ConfigError
+from so3krates_dist.files import hash_file, write_text
 
-FORMAT: Final = 1
-"""Version of checkpoints; a reader refuses a higher one."""
+FORMAT: Final = 2
+"""Version of checkpoints; a reader knows all lower ones and refuses a higher one"""
+
+HASHING_THREADS: Final = 4
+"""Files that are verified at the same time"""
 
 CONFIG_NAME: Final = "config.yaml"
 IDENTITY_NAME: Final = "run.json"
+OWNER_NAME: Final = ".lock-owner.json"
+_OWNER_SECONDS: Final = 0.5
+_SHOWN: Final = 5
 PLAN_NAME: Final = "plan.json"
+RATES_NAME: Final = "lr_find"
+"""Folder that a test of learning rates leaves, maybe before there is a run"""
 MANIFEST_NAME: Final = "manifest.json"
-_PREFIX: Final = "step_"
+PREFIX: Final = "step_"
+_NAME: Final = re.compile(PREFIX + "[0-9]{8,18}")
+_MAX_MANIFEST_BYTES: Final = 2**26
 
 MAY_CHANGE: Final = frozenset(
     {
         "run.name", "run.folder", "run.threads", "data.num_workers", "data.verify", "data.max_validation", "data.max_atoms",
         "data.max_pairs", "data.find_limits", "data.oversized", "data.on_damage", "data.max_skipped", "data.rebase", "data.cache",
         "data.cache_gb", "data.connect_timeout", "data.stall_timeout", "data.retries",
-        "train.micro_batches", "train.zero_stage", "train.checkpoint_attention", "train.device", "train.log_every",
-        "train.validate_every", "train.save_every", "train.stop_at", "train.keep_checkpoints", "train.max_skipped_steps",
+        "train.micro_batches", "train.zero_stage", "train.offload_optimizer", "train.activation_checkpointing", "train.device",
+        "train.precision", "train.proof", "train.self_check", "train.log_every", "train.validate_every", "train.save_every",
+        "train.async_save", "train.stop_at", "train.keep_checkpoints", "train.max_skipped_steps", "train.spike_factor",
+        "train.spike_window", "train.max_rollbacks", "train.keep_skipped",
         "metrics.wandb", "metrics.project",
     }
 )  # fmt: skip
@@ -48,25 +68,11 @@ MAY_CHANGE: Final = frozenset(
 
 IN_PLAN: Final = frozenset(
     {
-        "data.folder", "data.folders", "data.weights", "data.temperature", "data.batch_size", "data.lanes", "data.window_blocks",
-        "data.shuffle_shards", "data.cost_per_atom", "data.cost_per_pair", "data.fit_cost",
+        "data.folder", "data.folders", "data.weights", "data.loss_weights", "data.temperature", "data.batch_size", "data.lanes",
+        "data.window_blocks", "data.shuffle_shards", "data.cost_per_atom", "data.cost_per_pair", "data.fit_cost",
     }
 )  # fmt: skip
 """Keys that are compared through the plan that they make (train/planning.py), and may change with `data.rebase=true`"""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class TrainingState:
-    """All that a run needs to go on as if it had never stopped."""
-
-    step: int
-    """optimizer steps done; also the position in the data"""
-    best_score: float
-    """of the best evaluation so far, lower is better: see `train.loop.compute_score`; infinity before the first"""
-    scored_on: str = ""
-    """fingerprints of the data sets whose held-out conformers were evaluated; empty: not known"""
-    tensors: dict[str, torch.Tensor]
-    """of `TrainingEngine.gather_state`, plus `mean.<name>` of the exponential mean"""
 
 
 # ------------------------------------------------------------------------------------------------------------ run folder
@@ -95,7 +101,9 @@ class RunFolder:
         """
         if self.path.exists() and not self.path.is_dir():
             raise self._refuse("be a folder", "a file")
-        if not self.path.exists() or all(p.name.startswith(".") or p.name == CONFIG_NAME for p in self.path.iterdir()):
+        if not self.path.exists() or all(
+            p.name.startswith(".") or p.name in (CONFIG_NAME, RATES_NAME) for p in self.path.iterdir()
+        ):
             return
         identity = self.path / IDENTITY_NAME
         if not identity.is_file():
@@ -103,12 +111,17 @@ class RunFolder:
         try:
             before = read_config(self.path / CONFIG_NAME)
             fingerprint = json.loads(identity.read_text(encoding="utf-8"))["data_fingerprint"]
+        except ConfigError as error:  # of a newer version, or altered by hand
+            raise self._refuse(
+                f"hold a {CONFIG_NAME} that this version reads", f"one that is refused ({error})"
+            ) from error
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise self._refuse(f"hold a readable {IDENTITY_NAME}", type(error).__name__) from error
         if data_fingerprint not in ("", fingerprint) and not (self.path / PLAN_NAME).is_file():
             raise self._refuse(f"belong to this data set ({data_fingerprint})", f"a run on another one ({fingerprint})")
-        for key, (old, new) in _compare_configs(before, self._config).items():
-            raise self._refuse(f"belong to this run, where {key} is {new}", f"another run, with {old}")
+        differences = _compare_configs(before, self._config)
+        if differences:
+            raise self._refuse("belong to this run", f"another run, in which {_describe(differences)}")
 
     def _refuse(self, rule: str, got: str) -> CheckpointError:
         remedy = "Set run.folder to another folder, or start with the settings of the run that is there"
@@ -116,6 +129,9 @@ class RunFolder:
 
     def acquire(self) -> None:
         """Make the folder where it is new, and hold it until this process ends; rank 0 alone.
+
+        The lock belongs to the process: however that ends, no stale one is left. On a network file system its server keeps it, and
+        frees the locks of a machine that has died when it notices. A file beside the lock says who holds it, for the others.
 
         Raises:
             CheckpointError: Another process holds it, or it cannot be made.
@@ -133,9 +149,27 @@ class RunFolder:
             if error.errno not in (errno.EACCES, errno.EAGAIN):
                 raise self._refuse("be on a file system with locks", str(error.strerror)) from error
             raise CheckpointError(
-                f"run.folder {self.path}", "be used by one run at a time", "another running process",
+                f"run.folder {self.path}", "be used by one run at a time", f"another running process{self._find_owner()}",
                 "Wait for it to end, or set run.folder to another folder",
             ) from error  # fmt: skip
+        owner = {"host": socket.gethostname(), "pid": os.getpid(), "job": read_job()}
+        try:
+            write_text(self.path / OWNER_NAME, json.dumps(owner | {"since": time.strftime("%Y-%m-%d %H:%M:%S")}) + "\n")
+        except OSError as error:
+            self.close()
+            raise self._refuse("be a folder that can be written to", str(error.strerror)) from error
+
+    def _find_owner(self) -> str:
+        """Return who holds the folder; empty where its file does not say."""
+        time.sleep(_OWNER_SECONDS)  # it may have got the lock this very moment, and the file be of the one before
+        try:
+            text = (self.path / OWNER_NAME).read_text(encoding="utf-8")[:1000]
+            owner = {key: str(value) for key, value in json.loads(text).items()}
+            job = f", SLURM job {owner['job']}" if owner["job"] else ""
+            said = f": {owner['pid']} on {owner['host']}{job}, since {owner['since']}"
+        except (OSError, ValueError, LookupError, AttributeError):
+            return ""
+        return said if said.isprintable() else ""
 
     def sign(self, data_fingerprint: str, package_version: str) -> None:
         """Write down whose folder this is, and the configuration as it is now; rank 0 alone, after `check`."""
@@ -151,6 +185,7 @@ class RunFolder:
         """Let the folder go."""
         if self._lock is not None:
             self._lock.close()
+            self._lock = None
 
 
 def find_absolute(location: str) -> str:
@@ -159,79 +194,71 @@ def find_absolute(location: str) -> str:
 
 
 def _compare_configs(before: RunConfig, now: RunConfig) -> dict[str, tuple[Any, Any]]:
-    """Return keys that differ and must not, the name of the model first: another model has other keys."""
+    """Return keys that differ and must not, with their values then and now.
+
+    Keys of which the version did not know that wrote the configuration have their defaults in it.
+    """
     old, new = (
         {f"{section}.{key}": v for section, values in to_plain(c).items() for key, v in values.items()}
         for c in (before, now)
     )
     keys = sorted(dict.fromkeys([*old, *new]), key=lambda k: k != "model.name")  # else in their order
+    if old["model.name"] != new["model.name"]:  # another model has other keys
+        keys = [k for k in keys if k == "model.name" or not k.startswith("model.")]
     compared = [k for k in keys if k not in MAY_CHANGE | IN_PLAN]
-    return {k: (old.get(k), new.get(k)) for k in compared if old.get(k) != new.get(k)}
+    return {k: (old[k], new[k]) for k in compared if old[k] != new[k]}
+
+
+def _describe(differences: Mapping[str, tuple[Any, Any]]) -> str:
+    """Return all keys that differ in one line, the first ones with their values."""
+    keys = list(differences)
+    first = [f"{key}={differences[key][0]} (here {differences[key][1]})" for key in keys[:_SHOWN]]
+    rest = f"; also {', '.join(keys[_SHOWN:])}" if keys[_SHOWN:] else ""
+    return f"{len(keys)} setting{'s differ' if len(keys) > 1 else ' differs'}: {', '.join(first)}{rest}"
 
 
 # ----------------------------------------------------------------------------------------------------------- checkpoints
 
 
-def save_checkpoint(folder: Path, state: TrainingState, *, keep: int) -> Path:
-    """Commit a checkpoint, then remove old ones.
-
-    Args:
-        folder: `checkpoints` of the run folder.
-        state: What to store.
-        keep: Checkpoints that stay, the new one included.
-
-    Returns:
-        The checkpoint's folder.
-
-    Raises:
-        CheckpointError: The disk is full or the folder is gone; older checkpoints are untouched.
-    """
-    final = folder / f"{_PREFIX}{state.step:08d}"
-    temporary = folder / f".{final.name}.tmp"
-    for left_by_a_crash in folder.glob(f".{_PREFIX}*.tmp"):
-        shutil.rmtree(left_by_a_crash, ignore_errors=True)
-    try:
-        temporary.mkdir(parents=True)
-        save_file(state.tensors, temporary / "state.safetensors")
-        files = {p.name: {"size": p.stat().st_size, "sha256": hash_file(p)} for p in sorted(temporary.iterdir())}
-        for name in files:
-            sync_file(temporary / name)
-        best = state.best_score if state.best_score < float("inf") else None
-        content: dict[str, Any] = {"format": FORMAT, "step": state.step, "best_score": best, "files": files}
-        content["scored_on"] = state.scored_on
-        content["checksum"] = _compute_checksum(content)
-        write_text(temporary / MANIFEST_NAME, json.dumps(content, indent=1) + "\n")
-        sync_folder(temporary)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise CheckpointError(
-            str(final), "find room on a disk that can be written to", error,
-            "Free some space and start the same command again; the older checkpoints are intact",
-        ) from error  # fmt: skip
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    if final.exists():  # left by a run that was resumed from an earlier step: the same step, computed anew
-        shutil.rmtree(final)
-    temporary.rename(final)
-    sync_folder(folder)
-    write_text(folder / "latest", final.name + "\n")
-    # Later steps are damaged: the run has come back to an earlier one. They must not count among those that are kept.
-    later = [p for p in list_checkpoints(folder) if p.name > final.name]
-    for old in later + list_checkpoints(folder)[len(later) + keep :]:
-        shutil.rmtree(old)
-    return final
+def name_checkpoint(step: int) -> str:
+    """Return the name of the folder of a step's checkpoint."""
+    return f"{PREFIX}{step:08d}"
 
 
-def _compute_checksum(content: dict[str, Any]) -> str:
+def name_part(rank: int, world_size: int) -> str:
+    """Return the name of the file that a process writes."""
+    return f"state-{rank:05d}-of-{world_size:05d}.safetensors"
+
+
+def compute_checksum(content: Mapping[str, Any]) -> str:
     """Return the sha256 of a manifest's content; no change of a digit in it goes unnoticed."""
     rest = {k: v for k, v in content.items() if k != "checksum"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
+def encode_numbers(value: Any) -> Any:
+    """Return a value with numbers that JSON does not have as `{"float": "inf"}`."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"float": str(value)}
+    if isinstance(value, Mapping):
+        return {key: encode_numbers(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [encode_numbers(v) for v in value]
+    return value
+
+
+def _decode_numbers(value: Any) -> Any:
+    if isinstance(value, dict):
+        if value.keys() == {"float"}:
+            return float(value["float"])
+        return {key: _decode_numbers(v) for key, v in value.items()}
+    return [_decode_numbers(v) for v in value] if isinstance(value, list) else value
+
+
 def list_checkpoints(folder: Path) -> list[Path]:
     """Return the checkpoints of a run, newest first; each was complete when it got its name."""
-    return sorted((p for p in folder.glob(f"{_PREFIX}*") if p.is_dir()), reverse=True)
+    found = [p for p in folder.glob(f"{PREFIX}*") if _NAME.fullmatch(p.name) and p.is_dir()]
+    return sorted(found, key=lambda p: int(p.name.removeprefix(PREFIX)), reverse=True)
 
 
 def find_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
@@ -260,34 +287,140 @@ def find_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def _verify(checkpoint: Path) -> str | None:
-    """Return what is wrong with a checkpoint, or None."""
+    """Return what is wrong with a checkpoint, or None. Nothing outside of it is opened, whatever its manifest says."""
+    if checkpoint.is_symlink():
+        return "it is a link"
     try:
-        content = json.loads((checkpoint / MANIFEST_NAME).read_text(encoding="utf-8"))
-        if content["checksum"] != _compute_checksum(content):
+        content = _read_manifest(checkpoint)
+        if content["checksum"] != compute_checksum(content):
             return f"{MANIFEST_NAME} has been altered"
-        file_format, files = int(content["format"]), dict(content["files"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        file_format, step, files = int(content["format"]), int(content["step"]), dict(content["files"])
+        facts = {name: (int(entry["size"]), str(entry["sha256"])) for name, entry in files.items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         return f"{MANIFEST_NAME} is missing or damaged ({type(error).__name__})"
     if file_format > FORMAT:
         raise CheckpointError(
             str(checkpoint), f"have format {FORMAT} or lower", file_format, "Install a newer so3krates-dist"
         )
-    for name, facts in files.items():
-        path = checkpoint / name
-        if not path.is_file() or path.stat().st_size != facts["size"]:
-            return f"{name} is missing or cut short"
-        if hash_file(path) != facts["sha256"]:
-            return f"{name} has been altered"
+    if name_checkpoint(step) != checkpoint.name:
+        return f"{MANIFEST_NAME} is of step {step}"
+    expected = ["state.safetensors"] if file_format == 1 else [name_part(r, len(files)) for r in range(len(files))]
+    if not files or sorted(files) != expected:
+        return f"{MANIFEST_NAME} names other files than a checkpoint has"
+    with ThreadPoolExecutor(HASHING_THREADS) as pool:
+        findings = pool.map(lambda name: _verify_file(checkpoint / name, *facts[name]), expected)
+        return next((finding for finding in findings if finding), None) or _verify_tensors(checkpoint, expected)
+
+
+def _verify_file(path: Path, size: int, sha256: str) -> str | None:
+    if path.is_symlink() or not path.is_file() or path.stat().st_size != size:
+        return f"{path.name} is missing or cut short"
+    try:
+        return None if hash_file(path) == sha256 else f"{path.name} has been altered"
+    except OSError as error:
+        return f"{path.name} cannot be read ({error.strerror})"
+
+
+def _verify_tensors(checkpoint: Path, names: Sequence[str]) -> str | None:
+    try:
+        StoredTensors([checkpoint / name for name in names])
+    except CheckpointError as error:
+        return f"{Path(error.where).name} is {error.got}"
     return None
 
 
+def _read_manifest(checkpoint: Path) -> dict[str, Any]:
+    """Return the content of a manifest.
+
+    Raises:
+        OSError: It is not there.
+        ValueError: It is no JSON, no regular file, or too large to be a manifest.
+    """
+    path = checkpoint / MANIFEST_NAME
+    if path.is_symlink() or not stat.S_ISREG(path.lstat().st_mode) or path.lstat().st_size > _MAX_MANIFEST_BYTES:
+        raise ValueError(MANIFEST_NAME)
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
+
+
+class StoredTensors(Mapping[str, torch.Tensor]):
+    """The tensors of a checkpoint by name, read from the disk when they are asked for.
+
+    Args:
+        paths: safetensors files; how many there are does not matter.
+
+    Raises:
+        CheckpointError: A file is no such file, or two of them have a tensor of the same name.
+    """
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._files: dict[str, Any] = {}
+        for path in paths:
+            try:
+                file: Any = safe_open(path, framework="pt")
+                names = list(file.keys())
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(
+                    str(path), "be a file of tensors", f"no safetensors file ({type(error).__name__})",
+                    "Remove the checkpoint that it belongs to",
+                ) from error  # fmt: skip
+            twice = self._files.keys() & set(names)
+            if twice:
+                raise CheckpointError(
+                    str(path), "have tensors of its own", f"a second source of `{min(twice)}`",
+                    "Remove the checkpoint that it belongs to",
+                )  # fmt: skip
+            self._files |= dict.fromkeys(names, file)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        tensor: torch.Tensor = self._files[name].get_tensor(name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingState:
+    """All that a run needs to go on as if it had never stopped."""
+
+    progress: Mapping[str, Any]
+    """what `CheckpointWriter.begin` was given; of format 1: step, applied, data_step, best_score, scored_on"""
+    tensors: Mapping[str, torch.Tensor]
+    """of `Engine.gather_state`, plus `mean.<name>` of the exponential mean"""
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return int(self.progress["step"])
+
+
 def load_checkpoint(checkpoint: Path) -> TrainingState:
-    """Read a checkpoint that `find_checkpoint` has verified."""
-    content = json.loads((checkpoint / MANIFEST_NAME).read_text(encoding="utf-8"))
+    """Open a checkpoint that `find_checkpoint` has verified, of any format.
+
+    Raises:
+        CheckpointError: This process does not see the same files as rank 0.
+    """
+    try:
+        content = _read_manifest(checkpoint)
+        tensors = StoredTensors([checkpoint / name for name in sorted(content["files"])])
+        return TrainingState(progress=_read_progress(content), tensors=tensors)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            str(checkpoint), "be readable for all processes", type(error).__name__,
+            "Set run.folder to a file system that all machines of the run share",
+        ) from error  # fmt: skip
+
+
+def _read_progress(content: Mapping[str, Any]) -> dict[str, Any]:
+    step = int(content["step"])
+    if int(content["format"]) > 1:
+        return dict(_decode_numbers(content["progress"])) | {"step": step}
     best = content.get("best_score", content.get("best_forces_mae"))  # its name in the first checkpoints of format 1
-    return TrainingState(
-        step=int(content["step"]),
-        best_score=float("inf") if best is None else float(best),
-        scored_on=str(content.get("scored_on", "")),
-        tensors=load_file(checkpoint / "state.safetensors"),
-    )
+    score = math.inf if best is None else float(best)
+    return {
+        "step": step, "applied": step, "data_step": step, "best_score": score, "scored_on": str(content.get("scored_on", ""))
+    }  # fmt: skip

@@ -9,37 +9,37 @@ What must not change here without the tests of tests/distributed: forces are tak
 round the master weights); the shared-memory op is off on CPUs (a killed first build of it hangs every later start).
 """
 
-import dataclasses
+import contextlib
 import logging
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from so3krates_dist.config import TrainSection
-from so3krates_dist.errors import CheckpointError
 from so3krates_dist.graph import GraphBatch
 from so3krates_dist.model.potential import Potential
 from so3krates_dist.train.optim import build_optimizer
+from so3krates_dist.train.plain_engine import (
+    STEPS,
+    StepResult,
+    compute_state_sizes,
+    create_moments,
+    detach_geometry,
+    keep_all,
+    list_moments,
+    prepare_potential,
+    set_rates,
+    take_entry,
+)
+from so3krates_dist.train.two_pass import TwoPass
+from so3krates_dist.train.zero3 import PartitionedWeights, build_zero3_options, check_zero3
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-"""AdamW's state per weight"""
 
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class StepResult:
-    """What an optimizer step did."""
-
-    gradient_norm: float
-    """of all weights before clipping; nan or infinity where the gradient was not finite"""
-    applied: bool
-    """False where the gradient was not finite and the weights were left alone"""
-
-
-def build_deepspeed_config(section: TrainSection, num_weights: int) -> dict[str, Any]:
+def build_deepspeed_config(section: TrainSection, weights: Sequence[int]) -> dict[str, Any]:
     """Return DeepSpeed's configuration for a run.
 
     The batch size that DeepSpeed asks for is a formality: it does not load data here, and the loss carries its own
@@ -48,20 +48,26 @@ def build_deepspeed_config(section: TrainSection, num_weights: int) -> dict[str,
 
     Args:
         section: Of the configuration.
-        num_weights: Of the model. Buckets of that size hold all gradients; DeepSpeed's default of 5e8 numbers is a buffer of
-            2 GB in every backward pass of stages 1 and 2, whatever the model (read in its stage_1_and_2.py).
+        weights: Numbers in each tensor of weights. Up to stage 2 buckets hold all gradients; DeepSpeed's default of 5e8 numbers
+            is a buffer of 2 GB in every backward pass of stages 1 and 2, whatever the model (read in its stage_1_and_2.py).
     """
-    bucket = max(num_weights + num_weights % 2, 2)  # DeepSpeed wants an even number
+    bucket = max(sum(weights) + sum(weights) % 2, 2)  # DeepSpeed wants an even number
+    zero: dict[str, Any] = {
+        "stage": section.zero_stage,
+        "overlap_comm": False,
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket,
+    }
+    if section.zero_stage == 3:
+        zero |= build_zero3_options(weights)
+    if section.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": section.gradient_clipping,
-        "zero_optimization": {
-            "stage": section.zero_stage,
-            "overlap_comm": False,
-            "reduce_bucket_size": bucket,
-            "allgather_bucket_size": bucket,
-        },
+        "zero_optimization": zero,
+        "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31,
         "wall_clock_breakdown": False,
     }
@@ -95,38 +101,49 @@ class TrainingEngine:
     """
 
     def __init__(self, potential: Potential, section: TrainSection, device: torch.device) -> None:
+        if section.zero_stage == 3:
+            check_zero3()
         self._deepspeed = _import_deepspeed(device)
         self._section = section
         self._stage = section.zero_stage
-        potential.train()
-        potential.network.checkpoint_attention = section.checkpoint_attention  # type: ignore[assignment]
+        self._moments = list_moments(section)
+        self.dtype = torch.float32
+        prepare_potential(potential, section)
+        self._shapes = {name: weight.shape for name, weight in potential.named_parameters()}
         self._engine, *_ = self._deepspeed.initialize(
             model=potential,
             optimizer=build_optimizer(potential, section),
-            config=build_deepspeed_config(section, sum(p.numel() for p in potential.parameters())),
+            config=build_deepspeed_config(section, [p.numel() for p in potential.parameters()]),
             dist_init_required=False,
         )
         self.potential = potential
+        self._weights = PartitionedWeights(potential, self._engine.optimizer) if self._stage == 3 else None
+        self._passes = TwoPass(potential)
         self._create_moments()
         self.world_size = torch.distributed.get_world_size()
 
     def forward(self, batch: GraphBatch) -> dict[str, torch.Tensor]:
-        """Return the potential's outputs, differentiable by the weights."""
-        outputs: dict[str, torch.Tensor] = self._engine(batch, compute_stress=self._section.stress_weight > 0)
-        return outputs
+        """Return the potential's outputs, differentiable by the weights and by nothing else."""
+        with self._passing():
+            return self._passes.forward(self._engine, detach_geometry(batch), self._section.trains("stress"))
 
     def backward(self, loss: torch.Tensor, *, is_last: bool) -> None:
         """Add the gradient of a share of the loss; shares of all passes and processes are summed.
 
-        A step consists of any number of passes, the same on all processes (stage 2 exchanges gradients in each of them): one that
-        has nothing left to do takes an empty batch.
+        A step consists of any number of passes, the same on all processes (stages 2 and 3 exchange gradients in each of them): one
+        that has nothing left to do takes an empty batch.
 
         Args:
             loss: Share of this pass of this process.
             is_last: Whether this is the last pass of the step; `step` follows.
         """
         self._engine.set_gradient_accumulation_boundary(is_last)
-        self._engine.backward(loss * self.world_size)  # which DeepSpeed divides by when it averages over processes
+        with self._passing():
+            # DeepSpeed divides by the number of processes when it averages over them.
+            self._engine.backward(self._passes.finish(self._engine, loss * self.world_size))
+
+    def _passing(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self._weights is None else self._weights.passing()
 
     def step(self, learning_rate: float) -> StepResult:
         """Update the weights, after the last pass of a step.
@@ -135,12 +152,12 @@ class TrainingEngine:
             learning_rate: Of this step.
         """
         assert self._engine.is_gradient_accumulation_boundary(), "the last pass has to say so, or nothing is updated"
-        for group in self._engine.optimizer.param_groups:
-            group["lr"] = learning_rate
+        set_rates(self._engine.optimizer, learning_rate)
         if self._stage == 0:
             return self._step_without_zero()
         self._engine.step()
         norm = float(self._engine.get_global_grad_norm())
+        self.discard()
         return StepResult(norm, bool(self._engine.was_step_applied()) and math.isfinite(norm))
 
     def _step_without_zero(self) -> StepResult:
@@ -154,42 +171,78 @@ class TrainingEngine:
         return StepResult(norm, True)
 
     def discard(self) -> None:
-        """Forget the gradients of an unfinished step; weights and optimizer stay as they are."""
+        """Forget the gradients of a step, also after its last pass; weights and optimizer stay as they are."""
         optimizer = self._engine.optimizer
         self._engine.zero_grad()
         optimizer.zero_grad()
-        if self._stage > 0:  # sums of the passes before the last, and what the last made of them; zero_grad leaves both
+        if self._weights is not None:
+            self._weights.clear_gradients()
+        elif self._stage > 0:
+            # Sums of the passes before the last, and what the last made of them; zero_grad leaves both.
             optimizer.all_grad_tensors.clear()
             optimizer.averaged_gradients.clear()
+            if self._section.offload_optimizer:
+                optimizer.micro_step_id = -1  # no pass of a step has been done
+                optimizer._offload_accumulated_param_ids.clear()
+                optimizer.accumulated_grads_in_cpu.clear()
+                optimizer.reset_cpu_buffers()
+        if self._section.offload_optimizer:
+            # The next step overwrites these, but for weights that have no gradient in it.
+            for tensor in self._list_stepped():
+                assert tensor.grad is not None
+                tensor.grad.zero_()
 
-    def _named_weights(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
-        return self.potential.named_parameters()
+    @contextlib.contextmanager
+    def whole_weights(self) -> Iterator[list[torch.Tensor]]:
+        """Lend all weights, whole and in the order of the model's parameters, to be read; all processes must call it."""
+        if self._weights is None:
+            yield [p.detach() for p in self.potential.parameters()]
+        else:
+            with self._weights.whole() as weights:
+                yield weights
 
-    def gather_state(self) -> dict[str, torch.Tensor]:
+    def lend_weights(self) -> Iterator[list[torch.Tensor]]:
+        """Lend all weights to be read, in the order of the model's parameters: at stage 3 a few at a time, else in one group.
+
+        All processes must take all groups. Each is to be read before the next is asked for, and empties then.
+        """
+        if self._weights is not None:
+            return self._weights.lend()
+        return iter([[p.detach() for p in self.potential.parameters()]])
+
+    def state_sizes(self) -> dict[str, int]:
+        """Return the bytes of each tensor of `gather_state`, in its order; no communication."""
+        return compute_state_sizes(self._shapes, self._moments, self.dtype)
+
+    def gather_state(self, keep: Callable[[str], bool] = keep_all) -> dict[str, torch.Tensor]:
         """Return the training state as whole tensors on the CPU; all processes must call it.
 
+        Args:
+            keep: Which entries this process wants; the others take part in the communication and are dropped one by one.
+
         Returns:
-            `weight.<name>`, `exp_avg.<name>`, `exp_avg_sq.<name>` in float32, and `optimizer_steps` (1,).
+            `weight.<name>`, the optimizer's moments `exp_avg.<name>` and so on in float32, and `optimizer_steps` (1,).
         """
-        state = {"optimizer_steps": torch.tensor([self._count_optimizer_steps()])}
-        for name, weight in self._named_weights():
-            state[f"weight.{name}"] = self._get_weight(weight).detach().cpu().clone()
-            for moment in MOMENTS:
-                state[f"{moment}.{name}"] = self._get_moment(weight, moment).detach().cpu().clone()
+        state = {STEPS: torch.tensor([self._count_optimizer_steps()])} if keep(STEPS) else {}
+        for name, weight in self.potential.named_parameters():
+            for kind in ("weight", *self._moments):
+                whole = self._get_whole(weight, kind)
+                if keep(f"{kind}.{name}"):
+                    state[f"{kind}.{name}"] = whole.detach().cpu().clone()
         return state
 
-    def load_state(self, state: dict[str, torch.Tensor]) -> None:
-        """Put back what `gather_state` returned, into any ZeRO stage and number of processes.
+    def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Put back what `gather_state` returned, from any engine, ZeRO stage and number of processes.
 
         Raises:
             CheckpointError: The state belongs to another model.
         """
         for moments in self._optimizer_state().values():
-            moments["step"].fill_(float(state["optimizer_steps"]))
-        for name, weight in self._named_weights():
-            self._set_weight(weight, _take(state, f"weight.{name}", weight))
-            for moment in MOMENTS:
-                self._set_moment(weight, moment, _take(state, f"{moment}.{name}", weight))
+            moments["step"].fill_(float(state[STEPS]))
+        for name, weight in self.potential.named_parameters():
+            for kind in ("weight", *self._moments):
+                value = take_entry(state, f"{kind}.{name}", self._shapes[name], self.dtype)
+                self._set_whole(weight, kind, value.to(weight.device))
 
     def _optimizer_state(self) -> dict[torch.Tensor, dict[str, torch.Tensor]]:
         """AdamW's own state: per weight at stage 0, per flat partition of a group under ZeRO."""
@@ -199,50 +252,42 @@ class TrainingEngine:
     def _count_optimizer_steps(self) -> int:
         return max(int(moments["step"]) for moments in self._optimizer_state().values())
 
+    def _list_stepped(self) -> list[torch.Tensor]:
+        """Return what the optimizer steps: weights, or this process's flat part of each group of weights."""
+        outer = self._engine.optimizer
+        if self._weights is not None:
+            return self._weights.flat_weights
+        inner = outer if self._stage == 0 else outer.optimizer
+        return [tensor for group in inner.param_groups for tensor in group["params"]]
+
     def _create_moments(self) -> None:
-        """Make AdamW's moments now instead of in its first step.
+        outer = self._engine.optimizer
+        create_moments(outer if self._stage == 0 else outer.optimizer, self._list_stepped(), self._moments)
+        if self._stage in (1, 2):
+            outer._lazy_init_hp_params_optimizer_state()
 
-        DeepSpeed links weights to moments after stepping the *first* parameter group, when the other groups have none yet.
-        """
-        optimizer = self._engine.optimizer
-        state = self._optimizer_state()
-        for group in (optimizer if self._stage == 0 else optimizer.optimizer).param_groups:
-            for tensor in group["params"]:
-                state[tensor] = {m: torch.zeros_like(tensor, requires_grad=False) for m in MOMENTS}
-                state[tensor]["step"] = torch.zeros((), device=tensor.device)
-        if self._stage > 0:
-            optimizer._lazy_init_hp_params_optimizer_state()
-
-    def _get_weight(self, weight: torch.nn.Parameter) -> torch.Tensor:
+    def _get_whole(self, weight: torch.nn.Parameter, kind: str) -> torch.Tensor:
+        """Return a weight or one of its moments; collective under ZeRO."""
+        if self._weights is not None:
+            return self._weights.get(weight, kind)
+        utilities = self._deepspeed.utils
         if self._stage == 0:
-            return weight
-        return self._deepspeed.utils.safe_get_full_fp32_param(weight)  # type: ignore[no-any-return]
+            return weight if kind == "weight" else self._optimizer_state()[weight][kind]
+        if kind == "weight":
+            return utilities.safe_get_full_fp32_param(weight)  # type: ignore[no-any-return]
+        return utilities.safe_get_full_optimizer_state(weight, kind)  # type: ignore[no-any-return]
 
-    def _set_weight(self, weight: torch.nn.Parameter, value: torch.Tensor) -> None:
-        with torch.no_grad():
+    @torch.no_grad()
+    def _set_whole(self, weight: torch.nn.Parameter, kind: str, value: torch.Tensor) -> None:
+        if self._weights is not None:
+            self._weights.set(weight, kind, value)
+            return
+        utilities = self._deepspeed.utils
+        if kind == "weight":
             weight.copy_(value)
-        if self._stage > 0:
-            self._deepspeed.utils.safe_set_full_fp32_param(weight, value)
-
-    def _get_moment(self, weight: torch.nn.Parameter, moment: str) -> torch.Tensor:
-        if self._stage == 0:
-            return self._optimizer_state()[weight][moment]
-        return self._deepspeed.utils.safe_get_full_optimizer_state(weight, moment)  # type: ignore[no-any-return]
-
-    def _set_moment(self, weight: torch.nn.Parameter, moment: str, value: torch.Tensor) -> None:
-        if self._stage == 0:
-            self._optimizer_state()[weight][moment].copy_(value)
+            if self._stage > 0:
+                utilities.safe_set_full_fp32_param(weight, value)
+        elif self._stage == 0:
+            self._optimizer_state()[weight][kind].copy_(value)
         else:
-            self._deepspeed.utils.safe_set_full_optimizer_state(weight, value, moment)
-
-
-def _take(state: dict[str, torch.Tensor], key: str, weight: torch.nn.Parameter) -> torch.Tensor:
-    """Return an entry of a stored state, on the device of the weight that it belongs to."""
-    stored = state.get(key)
-    if stored is None or stored.shape != weight.shape:
-        found = "none" if stored is None else str(tuple(stored.shape))
-        raise CheckpointError(
-            f"`{key}`", f"have the shape {tuple(weight.shape)}", found,
-            "Resume with the configuration that the run was started with",
-        )  # fmt: skip
-    return stored.to(weight.device)
+            utilities.safe_set_full_optimizer_state(weight, value, kind)

@@ -1,16 +1,15 @@
 """Errors of a model on labelled conformers: overall, per group and per element; exact over any number of processes.
 
-Sums, not means, are added up and reduced, so ranks with different numbers of atoms count rightly. Labels that are missing (nan)
-are left out and counted. A structure that cannot be computed stops the evaluation on all processes alike.
+Sums of errors (error_sums.py) are added up and reduced; weights in the loss play no part here. A structure that cannot be
+computed stops the evaluation on all processes alike.
 """
 
 import argparse
-import dataclasses
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import torch
@@ -23,172 +22,18 @@ from so3krates_dist.data.stream import iter_batches
 from so3krates_dist.distributed import Rank, choose_device, reduce_sum
 from so3krates_dist.errors import CheckpointError, DataError, So3kratesError
 from so3krates_dist.files import write_text
-from so3krates_dist.graph import ELEMENT_SYMBOLS, MAX_ATOMIC_NUMBER, FloatArray, GraphBatch
+from so3krates_dist.graph import MAX_ATOMIC_NUMBER, FloatArray, GraphBatch
 from so3krates_dist.metrics import METRICS_NAME, print_table, read_metrics
 from so3krates_dist.model.potential import Potential, check_elements
 from so3krates_dist.model.registry import load_model, read_model_config
 from so3krates_dist.train import pictures
 from so3krates_dist.train.checkpoint import CONFIG_NAME
+from so3krates_dist.train.error_sums import Accumulator, Errors, Evaluation, Samples, build_evaluation
 from so3krates_dist.train.inputs import check_structures
-from so3krates_dist.train.losses import shift_dipoles
 from so3krates_dist.train.planning import read_record
 
-OTHER: Final = "(other)"
-"""Row for conformers of a group that was not named"""
 MAX_TABLE_ROWS: Final = 30
 EVALUATION_BATCH_SIZE: Final = 32
-_LABELS: Final = ("energy", "forces", "stress", "dipole", "hirshfeld_ratios")
-_COLUMNS: Final = {name: slice(1 + 3 * i, 4 + 3 * i) for i, name in enumerate(_LABELS)}
-"""Where the sums of each label are in a row, after the number of conformers"""
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class ErrorSums:
-    """Sums over the compared numbers of one label; adding two of them is exact."""
-
-    count: float = 0.0
-    """numbers compared: conformers, force components or stress components"""
-    absolute: float = 0.0
-    squared: float = 0.0
-
-    @property
-    def mae(self) -> float:
-        """Mean absolute error; nan where nothing was compared."""
-        return self.absolute / self.count if self.count else math.nan
-
-    @property
-    def rmse(self) -> float:
-        """Root of the mean squared error; nan where nothing was compared."""
-        return math.sqrt(self.squared / self.count) if self.count else math.nan
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Errors:
-    """Errors on one group of conformers."""
-
-    num_conformers: int
-    energy: ErrorSums
-    """per atom, eV"""
-    forces: ErrorSums
-    """per component, eV/Å"""
-    stress: ErrorSums
-    """per component of the 3x3 matrix, eV/Å³"""
-    dipole: ErrorSums = ErrorSums()
-    """per component, e Å"""
-    hirshfeld_ratios: ErrorSums = ErrorSums()
-    """per atom"""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Samples:
-    """Every prediction beside its label, in the order of the batches of this process."""
-
-    num_atoms: FloatArray
-    """(num_conformers,)"""
-    atomic_numbers: FloatArray
-    """(num_atoms,)"""
-    energy: tuple[FloatArray, FloatArray]
-    """label and prediction, (num_conformers,) eV; nan where there is no label"""
-    forces: tuple[FloatArray, FloatArray]
-    """label and prediction, (num_atoms, 3) eV/Å"""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Evaluation:
-    """Errors over all processes."""
-
-    overall: Errors
-    per_group: Mapping[str, Errors]
-    """by group, those that occur"""
-    per_element: Mapping[str, ErrorSums]
-    """force errors by chemical symbol, those that occur"""
-    samples: Samples | None = None
-
-    def summary(self) -> dict[str, float]:
-        """Return the figures that are logged: eV/atom, eV/Å, eV/Å³, e Å; nan where the data have no energies or forces.
-
-        Other labels are there where data and model have them.
-        """
-        result = {
-            "energy_mae_per_atom": self.overall.energy.mae,
-            "energy_rmse_per_atom": self.overall.energy.rmse,
-            "forces_mae": self.overall.forces.mae,
-            "forces_rmse": self.overall.forces.rmse,
-        }
-        for name in _LABELS[2:]:
-            sums: ErrorSums = getattr(self.overall, name)
-            if sums.count:
-                result |= {f"{name}_mae": sums.mae, f"{name}_rmse": sums.rmse}
-        return result
-
-    def to_json(self) -> dict[str, Any]:
-        """Return all figures and counts; nan becomes None."""
-        return {
-            "summary": {k: _to_finite(v) for k, v in self.summary().items()},
-            "overall": _errors_to_json(self.overall),
-            "groups": {name: _errors_to_json(errors) for name, errors in self.per_group.items()},
-            "elements": {symbol: _sums_to_json(sums) for symbol, sums in self.per_element.items()},
-        }
-
-
-def _to_finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
-def _sums_to_json(sums: ErrorSums) -> dict[str, Any]:
-    return {"count": int(sums.count), "mae": _to_finite(sums.mae), "rmse": _to_finite(sums.rmse)}
-
-
-def _errors_to_json(errors: Errors) -> dict[str, Any]:
-    return {"num_conformers": errors.num_conformers} | {n: _sums_to_json(getattr(errors, n)) for n in _LABELS}
-
-
-class _Accumulator:
-    """Adds up on the device, without waiting for it; columns are count, sum of |error|, sum of error² of each label."""
-
-    def __init__(self, groups: Sequence[str], device: torch.device) -> None:
-        self.names = (*groups, OTHER)
-        self._index = {name: i for i, name in enumerate(self.names)}
-        self.groups = torch.zeros(len(self.names), 1 + 3 * len(_LABELS), dtype=torch.float64, device=device)
-        self.elements = torch.zeros(MAX_ATOMIC_NUMBER + 1, 3, dtype=torch.float64, device=device)
-
-    def add(self, batch: GraphBatch, results: Mapping[str, torch.Tensor]) -> None:
-        device = self.groups.device
-        other = self._index[OTHER]
-        names = batch.group or ("",) * batch.num_graphs
-        rows = torch.tensor([self._index.get(name, other) for name in names], device=device)
-        self.groups[:, 0].index_add_(0, rows, torch.ones(len(rows), dtype=torch.float64, device=device))
-        if batch.energy is not None:
-            errors = (results["energy"] - batch.energy) / batch.num_atoms
-            self._add_sums(self._column("energy"), rows, errors[:, None], batch.energy[:, None])
-        if batch.forces is not None:
-            errors = results["forces"].double() - batch.forces.double()
-            self._add_sums(self._column("forces"), rows[batch.graph_index], errors, batch.forces)
-            self._add_sums(self.elements, batch.atomic_numbers, errors, batch.forces)
-        if batch.stress is not None and "stress" in results:
-            errors = (results["stress"].double() - batch.stress.double()).flatten(1)
-            self._add_sums(self._column("stress"), rows, errors, batch.stress.flatten(1))
-        self._add_further(batch, results, rows)
-
-    def _add_further(self, batch: GraphBatch, results: Mapping[str, torch.Tensor], rows: torch.Tensor) -> None:
-        if batch.dipole is not None and "dipole" in results:
-            errors = shift_dipoles(results["dipole"].double(), batch) - batch.dipole.double()
-            self._add_sums(self._column("dipole"), rows, errors, batch.dipole)
-        if batch.hirshfeld_ratios is not None and "hirshfeld_ratios" in results:
-            errors = (results["hirshfeld_ratios"].double() - batch.hirshfeld_ratios.double())[:, None]
-            labels = batch.hirshfeld_ratios[:, None]
-            self._add_sums(self._column("hirshfeld_ratios"), rows[batch.graph_index], errors, labels)
-
-    def _column(self, label: str) -> torch.Tensor:
-        return self.groups[:, _COLUMNS[label]]
-
-    @staticmethod
-    def _add_sums(sums: torch.Tensor, rows: torch.Tensor, errors: torch.Tensor, labels: torch.Tensor) -> None:
-        """Add a row of errors where its label is whole; a prediction of nan is an error and stays one."""
-        known = torch.isfinite(labels).all(1)
-        masked = torch.where(known[:, None], errors, 0.0)
-        count = known.double() * errors.shape[1]
-        sums.index_add_(0, rows, torch.stack([count, masked.abs().sum(1), masked.square().sum(1)], 1))
 
 
 def evaluate(
@@ -216,7 +61,7 @@ def evaluate(
         DataError: A structure cannot be computed; raised on all processes, in its own words on the one that met it.
     """
     device = torch.device(device)
-    sums = _Accumulator(groups, device)
+    sums = Accumulator(groups, device)
     kept: list[dict[str, FloatArray]] | None = [] if keep_samples else None
     failure: So3kratesError | None = None
     was_training = potential.training
@@ -232,7 +77,7 @@ def evaluate(
         potential.train(was_training)
     group_sums, element_sums = _reduce(sums, failure, device)
     samples = None if kept is None else _join_samples(kept)
-    return _build_evaluation(sums.names, group_sums, element_sums, samples)
+    return build_evaluation(sums.names, group_sums, element_sums, samples)
 
 
 def _predict(
@@ -264,7 +109,7 @@ def _name(batch: GraphBatch, number: int) -> str:
     return (batch.group[number] if batch.group else "") or "structure"
 
 
-def _reduce(sums: _Accumulator, failure: So3kratesError | None, device: torch.device) -> tuple[np.ndarray, np.ndarray]:
+def _reduce(sums: Accumulator, failure: So3kratesError | None, device: torch.device) -> tuple[np.ndarray, np.ndarray]:
     """Add up over processes, in one collective that carries failures too."""
     flat = torch.cat([sums.groups.flatten(), sums.elements.flatten()]).tolist()
     failed, *flat = reduce_sum([float(failure is not None), *flat], device)
@@ -276,27 +121,11 @@ def _reduce(sums: _Accumulator, failure: So3kratesError | None, device: torch.de
     return np.reshape(flat[:size], tuple(sums.groups.shape)), np.reshape(flat[size:], (-1, 3))
 
 
-def _build_evaluation(
-    names: Sequence[str], groups: np.ndarray, elements: np.ndarray, samples: Samples | None
-) -> Evaluation:
-    present = {name: _row_to_errors(row) for name, row in zip(names, groups, strict=True) if row[0]}
-    return Evaluation(
-        overall=_row_to_errors(groups.sum(0)),
-        per_group=present,
-        per_element={ELEMENT_SYMBOLS[z]: ErrorSums(*row.tolist()) for z, row in enumerate(elements) if row[0]},
-        samples=samples,
-    )
-
-
-def _row_to_errors(row: np.ndarray) -> Errors:
-    sums = {label: ErrorSums(*row[columns].tolist()) for label, columns in _COLUMNS.items()}
-    return Errors(num_conformers=round(row[0]), **sums)
-
-
 def _keep(batch: GraphBatch, results: Mapping[str, torch.Tensor]) -> dict[str, FloatArray]:
     def to_numpy(tensor: torch.Tensor | None, like: torch.Tensor) -> FloatArray:
         return np.asarray((torch.full(like.shape, math.nan) if tensor is None else tensor).double().cpu().numpy())
 
+    per_atom = results["forces"][:, 0]
     return {
         "num_atoms": to_numpy(batch.num_atoms, batch.num_atoms),
         "atomic_numbers": to_numpy(batch.atomic_numbers, batch.atomic_numbers),
@@ -304,6 +133,8 @@ def _keep(batch: GraphBatch, results: Mapping[str, torch.Tensor]) -> dict[str, F
         "energy_predicted": to_numpy(results["energy"], results["energy"]),
         "forces": to_numpy(batch.forces, results["forces"]),
         "forces_predicted": to_numpy(results["forces"], results["forces"]),
+        "charges": to_numpy(batch.partial_charges, per_atom),
+        "charges_predicted": to_numpy(results.get("partial_charges"), per_atom),
     }
 
 
@@ -318,6 +149,7 @@ def _join_samples(kept: Sequence[Mapping[str, FloatArray]]) -> Samples:
         atomic_numbers=join("atomic_numbers"),
         energy=(join("energy"), join("energy_predicted")),
         forces=(join("forces"), join("forces_predicted")),
+        partial_charges=(join("charges"), join("charges_predicted")),
     )
 
 
@@ -329,8 +161,8 @@ def evaluate_run(
 ) -> Evaluation:
     """Evaluate a run's model and write the results into the run folder.
 
-    Writes `evaluation/<split>.json`, `parity_energy.png`, `parity_forces.png` and `learning_curve.png`; for other data than
-    the run's own into `evaluation/<name of the data folder>/`.
+    Writes `evaluation/<split>.json`, `parity_energy.png`, `parity_forces.png`, `parity_partial_charges.png` (as far as
+    there are labels) and `learning_curve.png`; for other data than the run's own into `evaluation/<name of the data folder>/`.
 
     Args:
         folder: Run folder, or with a data set any folder with a model.
@@ -410,7 +242,7 @@ def _write_results(folder: Path, target: Path, evaluation: Evaluation, data: Mix
         "level_of_theory": data.level_of_theory,
         "units": {
             "energy": "eV/atom", "forces": "eV/Angstrom", "stress": "eV/Angstrom^3", "dipole": "e Angstrom",
-            "hirshfeld_ratios": "1",
+            "partial_charges": "e", "hirshfeld_ratios": "1",
         },
         **evaluation.to_json(),
     }  # fmt: skip
@@ -439,6 +271,10 @@ def _draw_parities(samples: Samples, data: Mixture, target: Path, subtitle: str)
     if labelled.size:
         forces, forces_predicted = (f[labelled] for f in samples.forces)
         pictures.plot_parity_forces(forces, forces_predicted, target / "parity_forces.png", subtitle)
+    labelled = np.flatnonzero(np.isfinite(samples.partial_charges[0]))
+    charges, charges_predicted = (q[labelled] for q in samples.partial_charges)
+    if not np.isnan(charges_predicted).all():  # of no atom at all is what a model without charges gives
+        pictures.plot_parity_charges(charges, charges_predicted, target / "parity_partial_charges.png", subtitle)
 
 
 # ------------------------------------------------------------------------------------------------------------------ the verb
@@ -477,7 +313,11 @@ def print_evaluation(evaluation: Evaluation, title: str) -> None:
     ]
     if elements:
         print_table("Forces by element", ("element", "atoms", "F MAE meV/Å", "F RMSE"), elements)
-    labels = {"dipole (me Å)": evaluation.overall.dipole, "Hirshfeld ratio (1e-3)": evaluation.overall.hirshfeld_ratios}
+    overall = evaluation.overall
+    labels = {
+        "dipole (me Å)": overall.dipole, "partial charge (me)": overall.partial_charges,
+        "Hirshfeld ratio (1e-3)": overall.hirshfeld_ratios,
+    }  # fmt: skip
     further = [(n, f"{s.count:.0f}", f"{1e3 * s.mae:.2f}", f"{1e3 * s.rmse:.2f}") for n, s in labels.items() if s.count]
     if further:
         print_table("Further labels", ("label", "numbers", "MAE", "RMSE"), further)

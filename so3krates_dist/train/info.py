@@ -221,6 +221,8 @@ def _describe_plan(content: Mapping[str, Any]) -> list[tuple[str, object]]:
             fields = segment["fields"]
             shares = zip(fields["sources"], fields["weights"], strict=True)
             text = ", ".join(f"{100 * weight:.3g} % {name}" for name, weight in shares)
+            if segment.get("loss_weights"):
+                text += f"; loss weights {', '.join(f'{float(w):g}' for w in segment['loss_weights'])}"
             rows.append((f"plan from step {segment['first_step']}", f"{text}; {fields['lanes']} lanes"))
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(

@@ -10,7 +10,7 @@ from typing import Final
 
 import numpy as np
 
-from so3krates_dist.config import DataSection, ModelSection, RunConfig
+from so3krates_dist.config import LOSS_WEIGHTS, DataSection, ModelSection, RunConfig
 from so3krates_dist.data.folder import check_dataset, check_size
 from so3krates_dist.data.levels import Reference
 from so3krates_dist.data.manifest import SPLITS, load_manifest
@@ -27,7 +27,7 @@ from so3krates_dist.model.potential import (
     check_elements,
     check_unpaired_electrons,
 )
-from so3krates_dist.train.losses import LABELS, WEIGHTS
+from so3krates_dist.train.losses import LABELS
 
 MAX_BYTES_HASHED_FIRST: Final = 8 * 2**30
 """Data sets of up to so many bytes are hashed before the first step, in some eight seconds; larger ones shard by shard, when each
@@ -43,7 +43,7 @@ def open_data(config: RunConfig, reference: Reference | None = None, *, hashes: 
         hashes: Compare the sha256 of small data sets now; one process of a machine is enough.
 
     Raises:
-        ConfigError: No data set is named, or none has a label that the loss needs.
+        ConfigError: No data set is named, or none has a label that the loss needs, or the schedule needs a validation split.
         DataError: A data set is damaged, does not go together with another one, or is none for this model.
     """
     if not config.data.sources:
@@ -59,6 +59,9 @@ def open_data(config: RunConfig, reference: Reference | None = None, *, hashes: 
             remedy = "Make it with a larger share for training, or leave it out"
             raise DataError(f"{source.location} training split", "have conformers", got, remedy)
     check_labels(config, mixture)
+    if config.train.schedule == "plateau" and not mixture.num_conformers("validation"):
+        rule, remedy = "be another schedule than plateau without a validation split", "Set train.schedule=cosine"
+        raise ConfigError("train.schedule", rule, "plateau", remedy)
     statistics = ModelStatistics.from_manifest(mixture.statistics, config.model)  # refuses what no model can have
     for source in mixture.active:
         if source.manifest.statistics.get("num_periodic", 0):  # older manifests do not say; the stream looks again
@@ -89,11 +92,11 @@ def check_files(folder: Path, section: DataSection, *, hashes: bool) -> None:
 
 def check_labels(config: RunConfig, mixture: Mixture) -> None:
     """Raise `ConfigError` where the loss needs a label that nothing has, and `DataError` for data that it needs nothing of."""
-    trained = [label for label in LABELS if getattr(config.train, WEIGHTS[label])]
+    trained = [label for label in LABELS if config.train.trains(label)]
     for label in trained:
         if label not in mixture.labels:
             have = f"a data set with {', '.join(mixture.labels) or 'no labels'} only"
-            raise ConfigError(f"train.{WEIGHTS[label]}", f"be 0 without {label} labels", have, "Set it to 0")
+            raise ConfigError(f"train.{LOSS_WEIGHTS[label]}", f"be 0 without {label} labels", have, "Set it to 0")
     for source in mixture.active:
         if not set(trained) & set(source.manifest.labels):
             got = ", ".join(source.manifest.labels) or "none"

@@ -2,47 +2,54 @@
 
 import contextlib
 import dataclasses
+import enum
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Final
 
 import torch
 
 from so3krates_dist import __version__
-from so3krates_dist.config import RunConfig, TrainSection
+from so3krates_dist.config import RunConfig
 from so3krates_dist.data.mixture import Mixture
 from so3krates_dist.data.stream import StepData, TrainingStream, build_loader, iter_batches
 from so3krates_dist.distributed import (
     Rank,
     broadcast_text,
+    check_precision,
     choose_device,
     count_threads,
+    matmul_precision,
     read_rank,
     reduce_sum,
     seed_everything,
     seed_step,
+    set_matmul_precision,
     start_processes,
     stop_processes,
     tune_machine,
     wait_for_all,
 )
-from so3krates_dist.errors import EXIT_DONE, EXIT_REQUEUE, DataError, So3kratesError
+from so3krates_dist.errors import EXIT_DONE, EXIT_REQUEUE, DataError, NonFiniteError, So3kratesError
 from so3krates_dist.graph import GraphBatch
 from so3krates_dist.metrics import MetricsLogger
-from so3krates_dist.model.potential import CHARGED_CRYSTALS, ModelStatistics
-from so3krates_dist.model.registry import build_model, save_model
-from so3krates_dist.train import budget, inputs, planning
-from so3krates_dist.train.checkpoint import RunFolder, TrainingState, find_checkpoint, load_checkpoint, save_checkpoint
-from so3krates_dist.train.engine import TrainingEngine
+from so3krates_dist.train import inputs, planning
+from so3krates_dist.train.agreement import check_same
+from so3krates_dist.train.checkpoint import RunFolder, find_checkpoint
+from so3krates_dist.train.context import RunContext, name_epochs
 from so3krates_dist.train.evaluate import EVALUATION_BATCH_SIZE, evaluate
-from so3krates_dist.train.guard import FiniteGuard, StopRequest, failing_together
-from so3krates_dist.train.losses import LABELS, WEIGHTS, compute_loss, count_labels
-from so3krates_dist.train.memory import find_available_bytes
-from so3krates_dist.train.optim import WeightMean, compute_learning_rate
-from so3krates_dist.train.probes import collect_probes
+from so3krates_dist.train.guard import StopRequest, Verdict, failing_together
+from so3krates_dist.train.losses import LABELS, compute_loss, compute_weights, count_labels
+from so3krates_dist.train.optim import compute_learning_rate
+from so3krates_dist.train.progress import compute_score
+from so3krates_dist.train.proof import choose_fixed_graphs, describe_proof, prove
+from so3krates_dist.train.run_state import RunState
+from so3krates_dist.train.self_check import check_engine
+from so3krates_dist.train.settling import settle_plan
+from so3krates_dist.train.skipped import store_step
 from so3krates_dist.train.window import StepWindow
+from so3krates_dist.train.zero3 import check_zero3
 
 
 def run_training(config: RunConfig) -> int:
@@ -60,6 +67,9 @@ def run_training(config: RunConfig) -> int:
     rank = read_rank()
     config.check_world_size(rank.world_size)
     device = choose_device(config.train.device, rank)
+    check_precision(config.train.precision, device)
+    if config.train.zero_stage == 3:
+        check_zero3()
     folder = RunFolder(config)
     folder.check()
     record = planning.read_record(folder.path)
@@ -72,35 +82,14 @@ def run_training(config: RunConfig) -> int:
         folder.check(mixture.fingerprint)  # again: another run may have come first
     checkpoint, complaints = find_checkpoint(folder.path / "checkpoints") if rank.is_main else (None, [])
     tune_machine(count_threads(config.run.threads, rank.local_world_size), device)
+    set_matmul_precision(config.train.precision, device)
     start_processes(rank, device)
+    check_same(config, device, rank)
     training = Training(config, rank, device, mixture, folder, record)
     exit_code = training.run(broadcast_text(str(checkpoint or ""), device), complaints)
     stop_processes()  # not after an error: the other processes may be waiting in a collective
     folder.close()
     return exit_code
-
-
-_SCORED: Final = ("forces", "energy", "stress", "dipole", "hirshfeld_ratios")
-"""Labels in the order in which their errors choose the best model"""
-
-_STATED: Final = {"total_charge": "total_charges", "num_unpaired_electrons": "num_unpaired_electrons"}
-"""Where the statistics say what values the data have"""
-
-
-def compute_score(summary: Mapping[str, float], section: TrainSection) -> float:
-    """Return the error by which the best model is chosen, lower is better.
-
-    It is the mean absolute error of the first of forces, energy per atom, stress, dipole and Hirshfeld ratios that is trained and
-    has labels among the held-out conformers; nan, which is never the best, where there is none.
-
-    Args:
-        summary: Of the evaluation.
-        section: Weights of the terms of the loss.
-    """
-    names = {"energy": "energy_mae_per_atom"}
-    trained = [label for label in _SCORED if getattr(section, WEIGHTS[label])]
-    errors = [summary.get(names.get(label, f"{label}_mae"), math.nan) for label in trained]
-    return next((error for error in errors if not math.isnan(error)), math.nan)
 
 
 def take_step(loader: Iterator[StepData]) -> tuple[StepData, So3kratesError | None]:
@@ -109,6 +98,25 @@ def take_step(loader: Iterator[StepData]) -> tuple[StepData, So3kratesError | No
         return next(loader), None
     except So3kratesError as error:
         return StepData([]), error
+
+
+class Ending(enum.Enum):
+    """Why a stretch of steps came to its end."""
+
+    LAST_STEP = enum.auto()
+    STOPPED = enum.auto()
+    SPOILED = enum.auto()
+
+
+@dataclasses.dataclass(frozen=True)
+class Agreed:
+    """What all processes together have for a step."""
+
+    counts: Sequence[float]
+    """labels of each kind"""
+    conformers: float
+    stopping: bool
+    """whether any process was asked to stop"""
 
 
 class Training:
@@ -133,17 +141,16 @@ class Training:
         record: planning.PlanRecord | None,
     ) -> None:
         self.config, self.rank, self.device, self.mixture, self.record = config, rank, device, mixture, record
-        self.path = folder.path
+        self.section = config.train
         if rank.is_main:
             folder.sign(mixture.fingerprint, __version__)
+        self.metrics = MetricsLogger(folder.path, config, is_main=rank.is_main)
+        self.context = RunContext(config, rank, device, mixture, folder, self.metrics)
         seed_everything(config.run.seed)
-        self.statistics = ModelStatistics.from_manifest(mixture.statistics, config.model)
-        potential = build_model(config.model, self.statistics).to(device)
-        self.mean = WeightMean(potential, config.train.ema_decay)
-        self.engine = TrainingEngine(potential, config.train, device)
-        self.metrics = MetricsLogger(self.path, config, is_main=rank.is_main)
-        self.best_score = float("inf")
-        self.num_skipped = 0
+        self.state = RunState(self.context)
+        self.engine = self.state.engine
+        self.num_left_out = 0
+        self.is_spoiled = False
         self.complaints: set[str] = set()
 
     def run(self, checkpoint: str, complaints: Sequence[str]) -> int:
@@ -153,163 +160,122 @@ class Training:
             checkpoint: To go on from, the same on all processes; empty: from the start.
             complaints: About newer checkpoints that are damaged.
         """
-        section = self.config.train
-        step = self.resume(checkpoint)
-        stream = self.settle_plan(step)
-        last = min(section.num_steps, section.stop_at or section.num_steps)
-        self.announce(step, complaints)
-        stop = StopRequest(self.path, look_for_file=self.rank.is_main)
-        guard, window = FiniteGuard(section.max_skipped_steps), StepWindow()
-        loader = build_loader(stream, range(step, last), num_workers=self.config.data.num_workers, device=self.device)
-        stopping = False
-        # Closed after an error too: worker processes that are left to the interpreter's exit would make it wait for ever.
-        with contextlib.closing(loader):
-            while step < last and not stopping:
-                with window.waiting():
-                    data, failure = take_step(loader)
-                counts, stopping = self.agree(data, failure, stop.is_pending())
-                facts = self.train_step(step, data.batches, counts)
-                guard.record(step, facts["applied"] > 0)
-                window.add(facts)
-                step += 1
-                if step % section.log_every == 0 or step == last or stopping:
-                    epochs = self.count_epochs(step)
-                    self.metrics.log("train", step, window.summarize(epoch=min(epochs.values())) | self.detail(epochs))
-                if step % section.validate_every == 0 or step == section.num_steps:
-                    with window.pausing():
-                        self.validate(step)
-                if step % section.save_every == 0 or step == last or stopping:
-                    with window.pausing():
-                        self.save(step)
-        done = step >= section.num_steps
-        self.metrics.message(f"{'Done' if done else 'Stopped'} after {step} steps; run folder {self.path}")
+        self.say(*complaints, *(self.state.resume(Path(checkpoint)) if checkpoint else ()))
+        self.follow_plan()
+        self.say(*self.context.describe(self.state.mean.potential))
+        if checkpoint:
+            self.say(f"Resumed at step {self.state.progress.step} of {self.section.num_steps}")
+        if self.state.progress.step < self.section.num_steps:  # a finished run is left as it is
+            self.check_arithmetic()
+        stop = StopRequest(self.context.folder.path, look_for_file=self.rank.is_main)
+        while (ending := self.train_on(stop)) is Ending.SPOILED:
+            self.say(*self.state.roll_back())
+        self.say(self.state.writer.finish() or "")
+        done = self.state.progress.step >= self.section.num_steps
+        verb = "Done" if done else "Stopped"
+        self.say(f"{verb} after {self.state.progress.step} steps; run folder {self.context.folder.path}")
         self.metrics.close()
         wait_for_all()  # a launcher ends the others as soon as one process has left with exit code 85
         stop.close()
-        return EXIT_REQUEUE if stopping and not done else EXIT_DONE
+        return EXIT_REQUEUE if ending is Ending.STOPPED and not done else EXIT_DONE
 
-    def resume(self, checkpoint: str) -> int:
-        """Go back to a checkpoint; return the steps it has done."""
-        if not checkpoint:
-            return 0
-        state = load_checkpoint(Path(checkpoint))
-        self.engine.load_state(state.tensors)
-        self.mean.load_state(state.tensors)
-        held_out, before = self.mixture.held_out, state.scored_on
-        is_another = bool(before) and before != held_out
-        if is_another:
-            self.metrics.message(
-                "The best model so far was found with other held-out conformers; the search begins anew"
-            )
-        # Without held-out conformers the score is minus the step, which no error would ever beat.
-        self.best_score = float("inf") if is_another or (held_out and state.best_score < 0) else state.best_score
-        return state.step
-
-    def settle_plan(self, step: int) -> TrainingStream:
-        """Find the plan to follow from a step on, write it down where it is new, and return its stream.
-
-        What has to be measured for it is measured now, once in a run.
-        """
-        section, data, record = self.config.train, self.config.data, self.record
-        measure_cost = planning.needs_cost(self.config, record)
-        measure_limits = data.find_limits and (record is None or record.limits is None)
-        cost = limits = None
-        potential = self.engine.potential
-        if measure_cost or measure_limits:
-            with failing_together(self.device):
-                probes = collect_probes(self.mixture.active, potential.cutoffs)
-        if measure_cost:
-            cost = budget.fit_cost(potential, probes, section, self.device, self.rank)
-        with failing_together(self.device):
-            self.schedule, self.record = planning.build_schedule(
-                self.config, self.mixture, record, step, cost=cost.to_json() if cost else None
-            )
-            free = find_available_bytes(self.device, self.rank) if measure_limits else 0
-        if measure_limits:
-            limits = budget.find_limits(
-                potential, probes, section, self.device, self.rank, available_bytes=free,
-                conformers_per_step=planning.count_conformers(self.schedule, step, self.rank.world_size),
-            )  # fmt: skip
-            self.record = dataclasses.replace(self.record, limits=limits.to_json())
-        said = [found.describe() for found in (cost, limits) if found]
-        for line in [*said, planning.describe_change(record, self.record)]:
-            if line:
-                self.metrics.message(line)
-        applied = inputs.find_limits(data, self.record.limits)
-        own = planning.identify(self.schedule, step, applied)
-        of_main = broadcast_text(own, self.device)
-        with failing_together(self.device):
-            planning.check_alike(own, of_main, self.rank)
-            if data.oversized == "refuse":
-                inputs.check_sizes(self.mixture, applied)
-        with failing_together(self.device):
-            if self.record != record and self.rank.is_main:
-                planning.write_record(self.path, self.record)
-        return TrainingStream(self.schedule, self.config, self.rank.rank, self.rank.world_size, applied)
-
-    def count_epochs(self, step: int) -> dict[str, float]:
-        """Return by its name how often each data set has been gone through after some steps."""
-        plan, within = self.schedule.locate(step)
-        counts = zip(plan.sources, plan.settings.weights, plan.epochs(within), strict=True)
-        return {source.name: epoch for source, weight, epoch in counts if weight}
-
-    def detail(self, epochs: Mapping[str, float]) -> dict[str, float]:
-        """Return the figures that only some runs have.
-
-        They are the epochs of several data sets (`epoch` itself is the smallest of them: so often everything has been seen), and
-        how many conformers have been left out since the run's last start.
-        """
-        figures = {f"epoch/{name}": epoch for name, epoch in epochs.items()} if len(epochs) > 1 else {}
-        return figures | ({"skipped_conformers": self.num_skipped} if self.config.data.on_damage == "skip" else {})
-
-    def announce(self, step: int, complaints: Sequence[str]) -> None:
-        """Say what is going to happen, and what the user should know before."""
-        for complaint in complaints:
-            self.metrics.message(complaint)
-        statistics = self.mixture.statistics
-        present = [k for k, n in _STATED.items() if set(statistics.get(n, {})) - {"0"}]
-        # Each is counted by itself: where they are more than all structures together, some are both.
-        charged = sum(count for charge, count in statistics.get("total_charges", {}).items() if float(charge))
-        if charged + statistics.get("num_periodic", 0) > self.mixture.num_conformers("train"):
-            present.append(CHARGED_CRYSTALS)
-        for note in self.mean.potential.describe_limits(present):
-            self.metrics.message(f"note: {note}")
-        weights = sum(p.numel() for p in self.engine.potential.parameters())
-        counts = " / ".join(f"{self.mixture.num_conformers(s):,} {s}" for s in ("train", "validation", "test"))
-        self.metrics.message(
-            f"so3krates_dist {__version__}: {self.config.run.name}, {self.rank.world_size} process(es) on"
-            f" {self.device.type}, {weights:,} weights, conformers {counts}"
-        )
-        for line in self.mixture.describe():
+    def say(self, *lines: str) -> None:
+        """Tell the user what there is to tell."""
+        for line in filter(None, lines):
             self.metrics.message(line)
-        if step:
-            self.metrics.message(f"Resumed at step {step} of {self.config.train.num_steps}")
 
-    def agree(self, data: StepData, failure: So3kratesError | None, stop_pending: bool) -> tuple[list[float], bool]:
+    def train_on(self, stop: StopRequest) -> Ending:
+        """Do step after step until something ends that."""
+        section, window = self.section, StepWindow()
+        last = min(section.num_steps, section.stop_at or section.num_steps)
+        position = self.state.progress.data_step
+        steps = range(position, position + max(0, last - self.state.progress.step))
+        workers = self.config.data.num_workers
+        loader = build_loader(self.stream, steps, num_workers=workers, device=self.device)
+        # Closed after an error too: worker processes that are left to the interpreter's exit would make it wait for ever.
+        with contextlib.closing(loader):
+            for _ in steps:
+                with window.waiting():
+                    data, failure = take_step(loader)
+                agreed = self.agree(data, failure, stop.is_pending())
+                window.add(self.train_step(self.state.progress.step, data.batches, agreed))
+                if self.is_spoiled:
+                    return Ending.SPOILED
+                self.look_around(window, is_last=self.state.progress.step == last or agreed.stopping)
+                if agreed.stopping:
+                    return Ending.STOPPED
+        return Ending.LAST_STEP
+
+    def look_around(self, window: StepWindow, *, is_last: bool) -> None:
+        """Log, evaluate and save where it is time to, and at the last step."""
+        section, step = self.section, self.state.progress.step
+        if step % section.log_every == 0 or is_last:
+            figures = window.summarize(name_epochs(self.count_epochs()))
+            skipping = self.config.data.on_damage == "skip"
+            left_out = {"skipped_conformers": float(self.num_left_out)} if skipping else {}
+            self.metrics.log("train", step, figures | left_out)
+        if step % section.validate_every == 0 or step == section.num_steps:
+            with window.pausing():
+                self.validate()
+        if step % section.save_every == 0 or is_last:
+            with window.pausing():
+                self.state.save()
+
+    # ------------------------------------------------------------------------------------------------ before the first step
+
+    def follow_plan(self) -> None:
+        """Find out which conformers come from here on."""
+        settled = settle_plan(self.context, self.record, self.state.progress.data_step, self.state.copy_for_measuring)
+        self.schedule, self.record = settled.schedule, settled.record
+        self.stream = TrainingStream(self.schedule, self.config, self.rank.rank, self.rank.world_size, settled.limits)
+
+    def check_arithmetic(self) -> None:
+        """Say how far forces can be trusted, and that a step of the engine is what it should be."""
+        section = self.section
+        with failing_together(self.device):
+            self.fixed_graphs = choose_fixed_graphs(self.mixture, self.state.mean.potential.cutoffs)
+        if section.self_check:
+            graphs = self.fixed_graphs
+            self.say(check_engine(self.engine, graphs, section, self.rank, self.device))
+        figures = self.prove()
+        if figures:
+            self.say(describe_proof(figures))
+            self.metrics.log("proof", self.state.progress.step, figures)
+
+    def prove(self) -> dict[str, float]:
+        """Return what the arithmetic of training does to forces; nothing on other ranks than 0, or where it is not asked for."""
+        if not (self.section.proof and self.rank.is_main):
+            return {}
+        return prove(self.state.mean.potential, self.fixed_graphs, self.section, self.device)
+
+    # ------------------------------------------------------------------------------------------------------------- one step
+
+    def agree(self, data: StepData, failure: So3kratesError | None, stop_pending: bool) -> Agreed:
         """Tell the other processes what this one has, once a step.
 
-        Returns:
-            Labels of each kind and conformers in the whole step; and whether any process was asked to stop.
-
         Raises:
-            So3kratesError: A process could not read its data, or more conformers were left out than may be; all raise, the one that
-                could not read its data with its own message.
+            So3kratesError: A process could not read its data, more conformers were left out than may be, or a checkpoint could
+                not be written; all raise, the one that met it with its own message.
         """
         label_counts = [sum(count_labels(b)[i] for b in data.batches) for i in range(len(LABELS))]
         conformers = sum(b.num_graphs for b in data.batches)
-        flags = [data.skipped, float(stop_pending), float(failure is not None)]
-        *counts, skipped, stop, failed = reduce_sum([*label_counts, conformers, *flags], self.device)
+        flags = [data.skipped, float(stop_pending), float(failure is not None), *self.state.writer.flags()]
+        sums = reduce_sum([*label_counts, conformers, *flags], self.device)
+        *counts, conformers_of_all, left_out, stop, failed, written, unwritten = sums
+        if failed:
+            self.say(self.state.writer.finish() or "")  # all processes are here: what has begun is not lost
         if failure is not None:
             raise failure
         if failed:
             raise DataError("data of another process", "be readable", "an error", "Its own message says what to do")
+        self.say(self.state.writer.settle(written, unwritten) or "")
         self.complain(data.complaints)
-        self.num_skipped += round(skipped)
+        self.num_left_out += round(left_out)
         most = self.config.data.max_skipped
-        if skipped and self.num_skipped > most:
+        if left_out and self.num_left_out > most:
             remedy = "Repair the data that are named above, or raise data.max_skipped"
-            raise DataError("conformers left out", f"be at most data.max_skipped ({most})", self.num_skipped, remedy)
-        return counts, stop > 0
+            raise DataError("conformers left out", f"be at most data.max_skipped ({most})", self.num_left_out, remedy)
+        return Agreed(counts, conformers_of_all, stop > 0)
 
     def complain(self, complaints: Sequence[str]) -> None:
         """Say once what was left out; a process other than the first has only its own standard error."""
@@ -318,80 +284,104 @@ class Training:
                 continue
             self.complaints.add(line)
             if self.rank.is_main:
-                self.metrics.message(f"left out: {line}")
+                self.say(f"left out: {line}")
             else:
                 print(f"rank {self.rank.rank}: left out: {line}", file=sys.stderr, flush=True)
 
-    def train_step(self, step: int, micro_batches: Sequence[GraphBatch], counts: Sequence[float]) -> dict[str, float]:
-        """Do one optimizer step; return its figures, the same on all processes.
+    def train_step(self, step: int, micro_batches: Sequence[GraphBatch], agreed: Agreed) -> dict[str, float]:
+        """Do one optimizer step, or skip it; return its figures, the same on all processes.
 
         Args:
             step: Steps done before.
             micro_batches: This process's portions.
-            counts: What `agree` found in the whole step.
+            agreed: What `agree` found in the whole step.
         """
-        section = self.config.train
-        seed_step(self.config.run.seed, step, self.rank)
-        learning_rate = compute_learning_rate(step, section)
+        section, progress = self.section, self.state.progress
+        seed_step(self.config.run.seed, progress.data_step, self.rank)
+        weights = compute_weights(progress.applied, section)
+        learning_rate = compute_learning_rate(progress.applied, section, self.state.plateau.factor)
         losses, sums = [], torch.zeros(2, dtype=torch.float64, device=self.device)
         for number, micro_batch in enumerate(micro_batches, 1):
-            batch = micro_batch.to(self.device)
+            batch = micro_batch.to(self.device, self.engine.dtype)
             outputs = self.engine.forward(batch)
-            loss, errors = compute_loss(outputs, batch, counts, section, self.statistics.energy_scale)
+            scale = self.state.statistics.energy_scale
+            loss, errors = compute_loss(outputs, batch, agreed.counts, section, weights, scale)
             self.engine.backward(loss, is_last=number == len(micro_batches))
             losses.append(loss.detach())
             sums += errors
-        result = self.engine.step(learning_rate)
-        if result.applied:
-            self.mean.update(self.engine.potential.parameters(), step)
         total, energy, forces = reduce_sum([float(torch.stack(losses).sum()), *sums.tolist()], self.device)
-        return {
+        verdict, norm = self.apply(total, learning_rate)
+        facts = {
             "loss": total,
-            "energy_mae_per_atom": energy / counts[0] if counts[0] else math.nan,
-            "forces_mae": forces / counts[1] if counts[1] else math.nan,
+            "energy_mae_per_atom": energy / agreed.counts[0] if agreed.counts[0] else math.nan,
+            "forces_mae": forces / agreed.counts[1] if agreed.counts[1] else math.nan,
             "learning_rate": learning_rate,
-            "gradient_norm": result.gradient_norm,
-            "applied": float(result.applied),
-            "conformers": counts[-1],
+            "gradient_norm": norm,
+            "applied": float(verdict is Verdict.APPLY),
+            "conformers": agreed.conformers,
         }
+        self.finish_step(micro_batches, verdict, facts)
+        return facts
 
-    def validate(self, step: int) -> None:
+    def apply(self, loss: float, learning_rate: float) -> tuple[Verdict, float]:
+        """Move the weights where the step is sound; return what was found, and the norm of the gradient."""
+        verdict = self.state.guard.judge(loss)
+        if verdict is not Verdict.APPLY:
+            self.engine.discard()
+            return verdict, math.nan
+        result = self.engine.step(learning_rate)
+        if not result.applied:
+            return Verdict.NON_FINITE, result.gradient_norm
+        self.state.mean.update(self.engine.lend_weights(), self.state.progress.applied)
+        return verdict, result.gradient_norm
+
+    def finish_step(self, micro_batches: Sequence[GraphBatch], verdict: Verdict, facts: dict[str, float]) -> None:
+        """Count a step, and keep what it was made of where it was skipped."""
+        progress = self.state.progress
+        if verdict is not Verdict.APPLY:
+            self.keep_skipped(micro_batches, verdict, facts)
+        step = progress.step
+        progress.step, progress.data_step = step + 1, progress.data_step + 1
+        progress.applied += verdict is Verdict.APPLY
+        figures = facts["loss"], facts["gradient_norm"]
+        try:
+            self.is_spoiled = self.state.guard.record(step, *figures, verdict, bool(facts["applied"]))
+        except NonFiniteError:  # on all processes: what has begun is not lost
+            self.say(self.state.writer.finish() or "")
+            raise
+
+    def keep_skipped(self, micro_batches: Sequence[GraphBatch], verdict: Verdict, facts: dict[str, float]) -> None:
+        """Store what a skipped step was made of, for `so3krates replay`."""
+        weights = self.state.copy_weights()
+        self.say(store_step(self.context, self.state, verdict, facts, micro_batches, weights))
+
+    # ---------------------------------------------------------------------------------------------------- between the steps
+
+    def count_epochs(self) -> dict[str, float]:
+        """Return by its name how often each data set has been gone through so far."""
+        plan, within = self.schedule.locate(self.state.progress.data_step)
+        counts = zip(plan.sources, plan.settings.weights, plan.epochs(within), strict=True)
+        return {source.name: epoch for source, weight, epoch in counts if weight}
+
+    def validate(self) -> None:
         """Evaluate the mean weights on held-out conformers; keep them where they are the best so far."""
-        score = -float(step)  # without validation conformers the latest weights count as the best
+        progress = self.state.progress
+        score = -float(progress.step)  # without validation conformers the latest weights count as the best
         if self.mixture.num_conformers("validation"):
             batches = iter_batches(
                 self.mixture, "validation", batch_size=EVALUATION_BATCH_SIZE,
-                cutoffs=self.mean.potential.cutoffs, rank=self.rank, limit=self.config.data.max_validation,
+                cutoffs=self.state.mean.potential.cutoffs, rank=self.rank, limit=self.config.data.max_validation,
             )  # fmt: skip
-            with_stress = self.config.train.stress_weight > 0
-            evaluation = evaluate(self.mean.potential, batches, device=self.device, compute_stress=with_stress)
+            with_stress = self.section.trains("stress")
+            with matmul_precision("float32", self.device):  # as the exported model is used
+                evaluation = evaluate(
+                    self.state.mean.potential, batches, device=self.device, compute_stress=with_stress
+                )
             summary = evaluation.summary()
-            self.metrics.log("validation", step, summary)
-            score = compute_score(summary, self.config.train)
-        if score < self.best_score:
-            self.best_score = score
+            self.metrics.log("validation", progress.step, summary | self.prove())
+            score = compute_score(summary, self.section)
+            self.state.plateau.record(score)
+        if score < progress.best_score:
+            progress.best_score, progress.scored_on = score, self.mixture.held_out
             if self.rank.is_main:
-                self.save_model(self.path, step)
-
-    def save(self, step: int) -> None:
-        """Commit a checkpoint of the whole state, and the latest mean weights as a model."""
-        tensors = self.engine.gather_state() | self.mean.get_state()
-        if self.rank.is_main:
-            state = TrainingState(
-                step=step, best_score=self.best_score, scored_on=self.mixture.held_out, tensors=tensors
-            )
-            save_checkpoint(self.path / "checkpoints", state, keep=self.config.train.keep_checkpoints)
-            self.save_model(self.path / "last", step)
-        wait_for_all()
-
-    def save_model(self, folder: Path, step: int) -> None:
-        """Write the mean weights with all that is needed to use them."""
-        provenance = {
-            "step": step,
-            "data": self.mixture.name,
-            "data_fingerprint": self.mixture.fingerprint,
-            "level_of_theory": self.mixture.level_of_theory,
-            "package_version": __version__,
-        }
-        weights = self.mean.potential.state_dict()
-        save_model(folder, self.config.model, self.statistics, weights, provenance)
+                self.state.export_best()

@@ -2,35 +2,151 @@
 
 import copy
 import math
+import re
 from collections.abc import Iterable, Mapping
+from typing import Any, Final
 
 import torch
 from torch import nn
 
 from so3krates_dist.config import TrainSection
+from so3krates_dist.errors import CheckpointError
 from so3krates_dist.model.potential import Potential
+
+_LAYER: Final = re.compile(r"\.(?:layers|values)\.(\d+)\.")
+"""What the name of a weight of one layer has in it, and the layer's number"""
+_STACKED: Final = re.compile(r"\.(?:self|pair)_(?:weight|bias)$")
+"""How the names of tensors end that hold weights of all layers"""
 
 
 def build_optimizer(potential: nn.Module, section: TrainSection) -> torch.optim.AdamW:
-    """Return AdamW; only weight matrices decay, not biases, normalisations and the element table."""
+    """Return AdamW, or its variant AMSGrad; only weight matrices decay, not biases, normalisations and the element table.
+
+    AdamW: I. Loshchilov, F. Hutter, arXiv:1711.05101. AMSGrad: S. J. Reddi, S. Kale, S. Kumar, arXiv:1904.09237.
+
+    Args:
+        potential: Model.
+        section: Learning rate, decays and coefficients.
+
+    Returns:
+        The optimizer. `lr_scale` of each of its groups is what the group's learning rate is of the schedule's: 1, or with a
+        `layer_decay` that of `scale_layers`.
+    """
     embeddings = {id(m.weight) for m in potential.modules() if isinstance(m, nn.Embedding)}
-    decayed: list[nn.Parameter] = []
-    free: list[nn.Parameter] = []
+    scales = scale_layers([name for name, _ in potential.named_parameters()], section.layer_decay)
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in potential.named_parameters():
         is_matrix = parameter.dim() >= 2 and id(parameter) not in embeddings and not name.endswith("bias")
-        (decayed if is_matrix else free).append(parameter)
-    groups = [{"params": decayed, "weight_decay": section.weight_decay}, {"params": free, "weight_decay": 0.0}]
-    betas = (section.adam_beta1, section.adam_beta2)
-    return torch.optim.AdamW(groups, lr=section.learning_rate, betas=betas, fused=True)
+        groups.setdefault((scales[name], is_matrix), []).append(parameter)
+    return torch.optim.AdamW(
+        [
+            {
+                "params": groups[scale, decays], "weight_decay": section.weight_decay if decays else 0.0,
+                "lr": section.learning_rate * scale, "lr_scale": scale,
+            }
+            for scale, decays in sorted(groups, key=lambda group: (group[0], not group[1]))
+        ],
+        lr=section.learning_rate, betas=(section.adam_beta1, section.adam_beta2), eps=section.adam_epsilon,
+        amsgrad=section.optimizer == "amsgrad", fused=True,
+    )  # fmt: skip
 
 
-def compute_learning_rate(step: int, section: TrainSection) -> float:
-    """Return the learning rate of a step (from 0): linear warm-up, then half a cosine down to the final one."""
-    if step < section.warmup_steps:
-        return section.learning_rate * (step + 1) / (section.warmup_steps + 1)
-    progress = min(1.0, (step - section.warmup_steps) / max(1, section.num_steps - 1 - section.warmup_steps))
-    span = section.learning_rate - section.final_learning_rate
-    return section.final_learning_rate + span * 0.5 * (1 + math.cos(math.pi * progress))
+def scale_layers(names: Iterable[str], decay: float) -> dict[str, float]:
+    """Return by its name what the learning rate of each weight is of the schedule's.
+
+    It is 1 for readouts and physical terms, `decay` for the last layer, its square for the one before, and so on down to the
+    embeddings of elements, charge and spin. GeomAtt has the pair factors of all its layers in one tensor, and an optimizer one
+    learning rate for a tensor: it is that of the middle layer.
+
+    Args:
+        names: Of all weights.
+        decay: From one layer to the one before it.
+    """
+    names = list(names)
+    layers = {name: int(match[1]) for name in names if (match := _LAYER.search(f".{name}"))}
+    num_layers = 1 + max(layers.values(), default=-1)
+
+    def find_depth(name: str) -> float:
+        if name in layers:
+            return num_layers - layers[name]
+        if _STACKED.search(name):
+            return (num_layers + 1) / 2
+        return num_layers + 1 if "embedding" in name else 0
+
+    return {name: decay ** find_depth(name) for name in names}
+
+
+def compute_learning_rate(applied: int, section: TrainSection, factor: float = 1.0) -> float:
+    """Return the learning rate of a step: linear warm-up, then what `schedule` says, down to the final one.
+
+    Args:
+        applied: Steps that were applied before; skipped ones do not count.
+        section: Of the configuration.
+        factor: Of `Plateau`; without meaning in other schedules.
+    """
+    first, final = section.learning_rate, section.final_learning_rate
+    if applied < section.warmup_steps:
+        return first * (applied + 1) / (section.warmup_steps + 1)
+    progress = min(1.0, (applied - section.warmup_steps) / max(1, section.num_steps - 1 - section.warmup_steps))
+    if section.schedule == "cosine":
+        return final + (first - final) * 0.5 * (1 + math.cos(math.pi * progress))
+    if section.schedule == "exponential":
+        return first * math.pow(final / first, progress)
+    return max(final, first * factor) if section.schedule == "plateau" else first
+
+
+class Plateau:
+    """Lowers the learning rate when the held-out error has not improved for `plateau_patience` evaluations in a row.
+
+    Any improvement, however small, counts: what is evaluated is a mean of weights, which is smooth. A score that is nan says
+    nothing and counts neither way.
+
+    Args:
+        section: Of the configuration; with another schedule than `plateau` nothing happens.
+    """
+
+    def __init__(self, section: TrainSection) -> None:
+        self._section = section
+        self.factor = 1.0
+        """of the learning rate, for `compute_learning_rate`"""
+        self._best = math.inf
+        self._waiting = 0
+
+    def record(self, score: float) -> bool:
+        """Take in the score of an evaluation, lower is better; return whether it lowers the learning rate."""
+        section = self._section
+        if section.schedule != "plateau" or math.isnan(score):
+            return False
+        if score < self._best:
+            self._best, self._waiting = score, 0
+            return False
+        self._waiting += 1
+        least = section.final_learning_rate / section.learning_rate
+        if self._waiting < section.plateau_patience or self.factor <= least:
+            return False
+        self.factor, self._waiting = max(least, self.factor * section.plateau_factor), 0
+        return True
+
+    def get_state(self) -> dict[str, Any]:
+        """Return what `set_state` takes, as plain values."""
+        best = self._best if math.isfinite(self._best) else None
+        return {"factor": self.factor, "best": best, "waiting": self._waiting}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Go on where `get_state` was called; from nothing, as from the beginning.
+
+        Raises:
+            CheckpointError: It is no such state.
+        """
+        try:
+            factor, best, waiting = float(state.get("factor", 1.0)), state.get("best"), int(state.get("waiting", 0))
+            self._best = math.inf if best is None else float(best)
+        except (TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(
+                "state of the schedule", "be what a plateau writes", f"{type(error).__name__}: {error}",
+                "Remove this checkpoint",
+            ) from error  # fmt: skip
+        self.factor, self._waiting = factor, waiting
 
 
 class WeightMean:
@@ -48,10 +164,19 @@ class WeightMean:
         self._mean: list[torch.Tensor] = list(self.potential.parameters())
 
     @torch.no_grad()
-    def update(self, weights: Iterable[torch.Tensor], step: int) -> None:
-        """Follow the weights after a step (from 0)."""
+    def update(self, groups: Iterable[list[torch.Tensor]], step: int) -> None:
+        """Follow the weights after a step.
+
+        Args:
+            groups: All weights in their order, some at a time, as an engine lends them.
+            step: From 0.
+        """
         decay = min(self._decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self._mean, [w.detach() for w in weights], 1 - decay)
+        start = 0
+        for group in groups:
+            torch._foreach_lerp_(self._mean[start : start + len(group)], group, 1 - decay)
+            start += len(group)
+        assert start == len(self._mean)
 
     def get_state(self) -> dict[str, torch.Tensor]:
         """Return the mean weights on the CPU as `mean.<name>`."""

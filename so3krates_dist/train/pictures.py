@@ -1,4 +1,4 @@
-"""Pictures of a run, as PNG: learning curve, parity of energies and of forces. Reads numbers, computes no physics.
+"""Pictures of a run, as PNG: learning curve, parity of energies, forces and partial charges. Reads numbers, computes no physics.
 
 Colours are Okabe and Ito's (distinguishable with any colour vision, https://jfly.uni-koeln.de/color/) and cividis. Drawn with
 matplotlib's object interface, so nothing global changes and no display is needed.
@@ -103,6 +103,36 @@ def _label_ticks(axes: Any) -> None:
         axis.set_minor_formatter(NullFormatter())
 
 
+def plot_rates(
+    rates: Sequence[float],
+    losses: Sequence[float],
+    smoothed: FloatArray,
+    span: tuple[float, float] | None,
+    path: Path,
+) -> None:
+    """Draw the loss against a growing learning rate, on logarithmic axes.
+
+    Args:
+        rates: Of the steps.
+        losses: Of the steps, greater than zero.
+        smoothed: The same without noise.
+        span: Range of rates that is suggested; None: none.
+        path: PNG file to write.
+    """
+    figure = _make_figure(5.2, 3.8)
+    axes = figure.subplots()
+    if span is not None:
+        label = f"{span[0]:.1e} to {span[1]:.1e}"
+        axes.axvspan(*span, color=VERMILLION, alpha=0.15, linewidth=0, label=label)
+    axes.plot(rates, losses, color=GREY, linewidth=0.7, label="loss")
+    axes.plot(rates, smoothed, color=BLUE, linewidth=1.6, label="smoothed")
+    axes.set(xscale="log", yscale="log", xlabel="learning rate of the step", ylabel="loss before the step")
+    axes.set_title("Range test of the learning rate", fontsize=11)
+    _finish_axes(axes)
+    axes.legend(frameon=False)
+    _save(figure, path)
+
+
 def plot_parity_energy(reference: FloatArray, predicted: FloatArray, path: Path, subtitle: str = "") -> None:
     """Draw predicted against reference energies per atom, and the errors below.
 
@@ -131,6 +161,21 @@ def plot_parity_forces(reference: FloatArray, predicted: FloatArray, path: Path,
     title = f"Forces, {subtitle}\nMAE {mae:.1f} meV/Å, {reference.size} components"
     labels = ("reference force component (eV/Å)", "predicted (eV/Å)", "error (meV/Å)")
     _plot_parity(reference.ravel(), predicted.ravel(), path, title, labels, error_scale=1e3)
+
+
+def plot_parity_charges(reference: FloatArray, predicted: FloatArray, path: Path, subtitle: str = "") -> None:
+    """Draw predicted against reference partial charges, and the errors below.
+
+    Args:
+        reference: (num_atoms,) e.
+        predicted: (num_atoms,) e.
+        path: PNG file to write.
+        subtitle: Which conformers these are.
+    """
+    mae = _mean_absolute(1e3 * (predicted - reference))
+    title = f"Partial charges, {subtitle}\nMAE {mae:.2f} me, {len(reference)} atoms"
+    labels = ("reference partial charge (e)", "predicted (e)", "error (me)")
+    _plot_parity(reference, predicted, path, title, labels, error_scale=1e3)
 
 
 def _mean_absolute(errors: FloatArray) -> float:

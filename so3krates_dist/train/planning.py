@@ -49,6 +49,8 @@ class Segment:
     """of the data sets, when it began"""
     given: Mapping[str, int]
     """by its fingerprint, how many blocks each data set of the run had given before, counted through all its epochs"""
+    loss_weights: tuple[float, ...] = ()
+    """of each data set in the loss, which no order depends on; empty: 1 for each"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,7 +74,10 @@ def write_record(folder: Path, record: PlanRecord) -> None:
     """
     content = {
         "format": FORMAT,
-        "segments": [dataclasses.asdict(s) for s in record.segments],
+        # Without weights the file is that of earlier versions.
+        "segments": [
+            {k: v for k, v in dataclasses.asdict(s).items() if v or k != "loss_weights"} for s in record.segments
+        ],
         "cost": record.cost,
         "limits": record.limits,
         "reference": record.reference.to_json(),
@@ -103,6 +108,7 @@ def read_record(folder: Path) -> PlanRecord | None:
             Segment(
                 first_step=int(s["first_step"]), fields=dict(s["fields"]), locations=tuple(s["locations"]),
                 given={str(k): int(v) for k, v in s["given"].items()},
+                loss_weights=tuple(map(float, s.get("loss_weights", ()))),
             )
             for s in content["segments"]
         )  # fmt: skip
@@ -111,6 +117,8 @@ def read_record(folder: Path) -> PlanRecord | None:
         needed = {"sources", "fingerprints", "cursors"} | {f.name for f in dataclasses.fields(PlanSettings)}
         if missing := sorted({name for s in segments for name in needed - s.fields.keys()}):
             raise KeyError(", ".join(missing))
+        if any(len(s.loss_weights) not in (0, len(s.fields["sources"])) for s in segments):
+            raise ValueError("loss_weights that are not one for each data set")
         return PlanRecord(
             reference=Reference.from_json(content["reference"]), segments=segments, cost=content["cost"],
             limits=content["limits"],
@@ -159,7 +167,12 @@ def find_change(config: RunConfig, mixture: Mixture, record: PlanRecord) -> tupl
     for name in dict.fromkeys([*before, *now]):
         if name not in _DERIVED and before.get(name) != now.get(name):
             return _SETTINGS.get(name, f"data.{name}"), before.get(name), now.get(name)
-    return None
+    weights, wanted = _list_loss_weights(record.segments[-1]), mixture.loss_weights
+    return None if weights == wanted else ("data.loss_weights", list(weights), list(wanted))
+
+
+def _list_loss_weights(segment: Segment) -> tuple[float, ...]:
+    return segment.loss_weights or (1.0,) * len(segment.fields["sources"])
 
 
 def check_plan(config: RunConfig, mixture: Mixture, record: PlanRecord | None) -> None:
@@ -280,21 +293,23 @@ def _get_order(fields: Mapping[str, Any]) -> tuple[Any, ...]:
 
 def _describe(plan: Plan, mixture: Mixture, first_step: int, given: Mapping[str, int]) -> Segment:
     locations = tuple(find_absolute(s.location) for s in mixture.sources)
-    return Segment(first_step=first_step, fields=plan.fields(), locations=locations, given=given)
+    weights = mixture.loss_weights if any(w != 1 for w in mixture.loss_weights) else ()
+    return Segment(first_step=first_step, fields=plan.fields(), locations=locations, given=given, loss_weights=weights)
 
 
 def _rebuild(segment: Segment, config: RunConfig, mixture: Mixture) -> Plan:
     """Return the plan of a segment; data sets that the configuration has left out since are opened where they were."""
     fields = segment.fields
     sources: list[Source] = []
-    described = zip(fields["sources"], fields["fingerprints"], fields["weights"], segment.locations, strict=True)
-    for name, fingerprint, share, location in described:
+    names, weights = fields["sources"], _list_loss_weights(segment)
+    described = zip(names, fields["fingerprints"], fields["weights"], segment.locations, weights, strict=True)
+    for name, fingerprint, share, location, weight in described:
         found = mixture.find(fingerprint)
         if found is None:
             found = open_source(
                 location, config.data, config.model, name=name, share=share, reference=mixture.reference
             )
-        sources.append(dataclasses.replace(found, name=name, share=share))
+        sources.append(dataclasses.replace(found, name=name, share=share, loss_weight=weight))
     values = {f.name: fields[f.name] for f in dataclasses.fields(PlanSettings)}
     settings = PlanSettings(**values | {"weights": tuple(fields["weights"])})
     plan = Plan(sources, settings, fields["cursors"])
@@ -314,6 +329,9 @@ def describe_change(before: PlanRecord | None, now: PlanRecord) -> str:
     old, new = before.segments[-1].fields, now.segments[-1].fields
     names = [n for n in new if n not in _DERIVED and old.get(n) != new[n]]
     changes = ", ".join(f"{_SETTINGS.get(n, f'data.{n}')} {old.get(n)} -> {new[n]}" for n in names)
+    weights = [list(_list_loss_weights(r.segments[-1])) for r in (before, now)]
+    if weights[0] != weights[1]:
+        changes += f"{', ' if changes else ''}data.loss_weights {weights[0]} -> {weights[1]}"
     return f"New plan from step {now.segments[-1].first_step} on: {changes}"
 
 

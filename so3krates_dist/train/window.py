@@ -37,11 +37,11 @@ class StepWindow:
         """Take note of a step."""
         self._steps.append(facts)
 
-    def summarize(self, *, epoch: float) -> dict[str, float]:
+    def summarize(self, epochs: Mapping[str, float]) -> dict[str, float]:
         """Return the figures of the steps since the last call, and begin anew.
 
         Args:
-            epoch: Passes through the data so far.
+            epochs: Passes through the data so far, by the names of the figures.
         """
         seconds = max(time.perf_counter() - self._start - self._paused, 1e-9)
         applied = [f for f in self._steps if f["applied"]]
@@ -52,7 +52,7 @@ class StepWindow:
             "conformers_per_second": sum(f["conformers"] for f in self._steps) / seconds,
             "seconds_per_step": seconds / len(self._steps),
             "data_wait_share": self._waited / seconds,
-            "epoch": epoch,
+            **epochs,
         }
         self._begin()
         return figures

@@ -1,55 +1,109 @@
-"""What `train.checkpoint_attention` saves: peak memory of a process that takes training steps, with and without it.
+"""What `train.activation_checkpointing` saves: memory and time of a training pass in each mode, for several depths and sizes.
 
-    OMP_NUM_THREADS=1 python tests/benchmarks/memory.py DATA_FOLDER [section.key=value ...]
+    OMP_NUM_THREADS=1 PYTHONPATH=tests python tests/benchmarks/memory.py [--device cuda] [--model NAME]
 
-Fresh processes in turn; the base is the process with model and batch before the first step. Results: memory.md.
+A pass is forward, loss of energies and forces, backward; float32, initial weights, default sizes of the models. Each line is a
+fresh process. Results: memory.md.
 """
 
-import resource
+import argparse
+import dataclasses
 import subprocess
 import sys
-from pathlib import Path
+import time
+from collections.abc import Callable
+from typing import Final
+
+import ase.build
+import torch
+from live_bytes import LiveBytes
+from structures import STATISTICS, from_atoms, make_batch, make_molecule
+
+from so3krates_dist.config import MODEL_SECTIONS
+from so3krates_dist.distributed import tune_machine
+from so3krates_dist.graph import Graph
+from so3krates_dist.model.registry import build_model
+from so3krates_dist.train.memory import measure_peak
+from so3krates_dist.train.two_pass import TwoPass
+
+MODES: Final = ("none", "blocks", "low_memory")
+SYSTEMS: Final[dict[str, Callable[[], list[Graph]]]] = {
+    "40 ethanol": lambda: [make_molecule("CH3CH2OH", seed) for seed in range(40)],
+    "160 ethanol": lambda: [make_molecule("CH3CH2OH", seed) for seed in range(160)],
+    "rock salt, 216 atoms": lambda: [from_atoms(ase.build.bulk("NaCl", "rocksalt", 5.64, cubic=True) * (3, 3, 3))],
+}
+CASES: Final = [
+    *(("euclidean_transformer", layers, "160 ethanol") for layers in (2, 4, 8)),
+    *((model, 3, "40 ethanol") for model in ("euclidean_transformer", "so3krates", "so3lr", "geomatt")),
+    ("so3lr", 3, "rock salt, 216 atoms"),
+]
+REPEATS: Final = 3
 
 
-def measure(folder: Path, recompute: bool, settings: list[str]) -> None:
-    """Print the largest resident memory in MiB before and after three steps."""
-    import torch
+def measure(name: str, num_layers: int, system: str, mode: str, device: torch.device) -> str:
+    """Return atoms, pairs, MB of tensors at the peak, MB of the process (of the GPU) at the peak, and seconds per pass."""
+    tune_machine(1, device)
+    torch.manual_seed(0)
+    section = dataclasses.replace(MODEL_SECTIONS[name](), num_layers=num_layers)
+    potential = build_model(section, STATISTICS).to(device).train()
+    potential.as_network.checkpointing = mode  # type: ignore[assignment]
+    batch = make_batch(SYSTEMS[system](), potential.cutoffs, torch.float32).to(device)
+    passes = TwoPass(potential)
 
-    from so3krates_dist.config import load_config
-    from so3krates_dist.data.mixture import Mixture
-    from so3krates_dist.data.stream import TrainingStream
-    from so3krates_dist.model.potential import ModelStatistics
-    from so3krates_dist.model.registry import build_model
-    from so3krates_dist.train.planning import build_schedule
-
-    torch.set_num_threads(1)
-    config = load_config([f"data.folder={folder}", "data.batch_size=160", *settings])
-    mixture = Mixture.open(config.data, config.model)
-    schedule, _ = build_schedule(config, mixture, None, 0)
-    batch = TrainingStream(schedule, config, rank=0, world_size=1)[0].batches[0]
-    potential = build_model(config.model, ModelStatistics.from_manifest(mixture.statistics, config.model)).train()
-    potential.network.checkpoint_attention = recompute  # type: ignore[assignment]
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    assert batch.forces is not None
-    for _ in range(3):
-        (potential(batch)["forces"] - batch.forces).square().mean().backward()
+    def run() -> None:
+        outputs = passes.forward(potential, batch, False)
+        loss = outputs["forces"].square().mean() + outputs["energy"].float().square().mean()
+        passes.finish(potential, loss).backward()  # type: ignore[no-untyped-call] # torch's
         potential.zero_grad()
-    print(before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+
+    run()
+    peak = measure_peak(run, device)
+    seconds = []
+    clock = time.process_time if device.type == "cpu" else time.perf_counter
+    for _ in range(REPEATS):
+        start = clock()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(clock() - start)
+    with LiveBytes() as live:
+        run()
+    return (
+        f"{len(batch.atomic_numbers)} {len(batch.pair_first)} {live.peak / 1e6:.4g} {peak / 1e6:.4g} {min(seconds):.3g}"
+    )
 
 
-def main(folder: Path, settings: list[str]) -> None:
-    """Print three pairs."""
-    for _ in range(3):
-        for recompute in (False, True):
-            command = [sys.executable, __file__, str(folder), "--child", str(int(recompute)), *settings]
+def main(device: str, only: str) -> None:
+    """Print a table, of one model only or of all of them."""
+    print("| model | layers | structures | atoms, pairs | mode | MB of tensors | MB of the process | seconds |")
+    print("|---|---|---|---|---|---|---|---|")
+    for model, layers, system in CASES:
+        if only not in ("", model):
+            continue
+        plain: list[float] = []
+        for mode in MODES:
+            if mode == "low_memory" and MODEL_SECTIONS[model]().low_memory_obstacle:
+                continue
+            case = [model, str(layers), system, mode]
+            command = [sys.executable, __file__, "--device", device, "--case", *case]
             answer = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
-            before, peak = map(float, answer)
-            label = "recomputed" if recompute else "kept"
-            print(f"{label}: base {before:.0f} MiB, peak {peak:.0f}, above the base {peak - before:.0f}")
+            values = [float(value) for value in answer[2:]]
+            plain = plain or values
+            cells = [f"{v:.3g} ({v / p:.2f})" for v, p in zip(values, plain, strict=True)]
+            print(
+                f"| {model} | {layers} | {system} | {', '.join(answer[:2])} | {mode} | {' | '.join(cells)} |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 2 and sys.argv[2] == "--child":
-        measure(Path(sys.argv[1]), sys.argv[3] == "1", sys.argv[4:])
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--model", default="")
+    parser.add_argument("--case", nargs=4, help="one line; used by the benchmark itself")
+    arguments = parser.parse_args()
+    if arguments.case is None:
+        main(arguments.device, arguments.model)
     else:
-        main(Path(sys.argv[1]), sys.argv[2:])
+        model, layers, system, mode = arguments.case
+        print(measure(model, int(layers), system, mode, torch.device(arguments.device)))

@@ -1,112 +1,168 @@
-"""Force errors of the published SO3LR by arithmetic: float32, products rounded to TF32 or bfloat16, and `model.precision=bf16`.
+"""What arithmetic costs in forces, for trained weights of all models: float32, TF32 (emulated), bf16-mixed, and what it leaves out.
 
-    OMP_NUM_THREADS=2 python tests/benchmarks/precision.py PARAMS.pkl STRUCTURE.xyz
+    OMP_NUM_THREADS=1 python tests/benchmarks/precision.py DATA RUN [RUN ...] --published PARAMS.pkl STRUCTURE.xyz
 
-PARAMS.pkl is SO3LR's published checkpoint, with its hyperparameters.json beside it. Errors are against float64, in meV/Å. TF32 and
-bfloat16 are emulated on the CPU as a GPU's matrix units do them: both factors of a product are rounded, sums are float32; in the
-forward pass and in the derivative alike. Results: precision.md.
+RUN is a folder of a training, DATA a data set that the models are fit for, of which a few held-out conformers are taken. PARAMS.pkl
+is SO3LR's published checkpoint, with its hyperparameters.json beside it. Errors are against float64, in training mode. TF32 is
+emulated on the CPU as a GPU's matrix units do it: both factors of a product are rounded, sums are float32, in the forward pass
+and in derivatives alike. Then what a training pass keeps in memory, and its processor time. Results: precision.md.
 """
 
 import argparse
-import dataclasses
+import contextlib
+import copy
+import statistics
 import sys
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import ase.io
 import numpy as np
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from rounding import RoundedProducts
+
+from so3krates_dist.config import DataSection
+from so3krates_dist.data.mixture import Mixture
 from so3krates_dist.data.neighbors import build_neighbors
-from so3krates_dist.graph import Graph, GraphBatch, collate
+from so3krates_dist.graph import Graph, collate
 from so3krates_dist.inference.interop import import_so3lr
+from so3krates_dist.model.attention import compute_in
 from so3krates_dist.model.potential import Potential
-from so3krates_dist.model.registry import build_model, load_model, read_model_config
+from so3krates_dist.model.registry import load_model, read_model_config
+from so3krates_dist.train.proof import choose_fixed_graphs, compare
 
-GEOMETRY_WIDTHS = {3, 5, 7, 9, 15, 21, 24}
-"""sizes of the matrices that make harmonics and invariants for degrees 1 to 4; no dense layer of SO3LR has them"""
+WIDER = {
+    "radial networks": ("radial_filter",),
+    "networks of atoms": ("inner_mlp", "outer_mlp", "linear", "mixed_linear"),
+    "readout and heads": ("readout_hidden", "readout", "charge_head", "hirshfeld_head"),
+}
+"""Parts that bf16-mixed leaves as they are, by the names of their modules"""
 
-
-def round_to_tf32(tensor: torch.Tensor) -> torch.Tensor:
-    """Round float32 to 10 bits of mantissa, to nearest even."""
-    bits = tensor.contiguous().view(torch.int32)
-    bits = (bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF
-    return bits.view(torch.float32)
-
-
-def round_to_bf16(tensor: torch.Tensor) -> torch.Tensor:
-    """Round float32 to 7 bits of mantissa."""
-    return tensor.to(torch.bfloat16).float()
+CONFORMERS_IN_A_PASS = 20
 
 
-class RoundedProducts(TorchDispatchMode):
-    """Rounds the factors of matrix products, of the forward pass and of derivatives.
+def round_modules(model: Potential, names: Sequence[str]) -> bool:
+    """Let modules of some names compute in bfloat16 as well; return whether there are any."""
+    chosen = [module for name, module in model.named_modules() if name.rpartition(".")[2] in names]
+    for module in chosen:
 
-    Args:
-        rounding: Of a tensor.
-        geometry: Whether products that make harmonics and invariants are rounded too.
-    """
+        def run(*inputs: torch.Tensor, plain: Callable[..., torch.Tensor] = module.forward) -> torch.Tensor:
+            first, *rest = inputs
+            return compute_in(torch.bfloat16, lambda x: plain(x, *rest), first).float()
 
-    def __init__(self, rounding: Callable[[torch.Tensor], torch.Tensor], geometry: bool) -> None:
-        super().__init__()
-        self.rounding, self.geometry, self.count = rounding, geometry, 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        """Run one operation."""
-        name = func.overloadpacket.__name__
-        first = {"mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1}.get(name)
-        if first is not None:
-            factors = args[first : first + 2]
-            sizes = {size for factor in factors for size in factor.shape[-2:]}
-            if self.geometry or not sizes & GEOMETRY_WIDTHS:
-                self.count += 1
-                args = (*args[:first], *(self.rounding(f) for f in factors), *args[first + 2 :])
-        return func(*args, **(kwargs or {}))
+        module.forward = run  # type: ignore[method-assign]
+    return any(next(module.parameters(), None) is not None for module in chosen)
 
 
-def compute_forces(potential: Potential, batch: GraphBatch) -> np.ndarray:
-    """Return (num_atoms, 3) eV/Å in float64."""
-    return potential(batch)["forces"].double().numpy()
+@contextlib.contextmanager
+def tf32(*, geometry: bool) -> Iterator[None]:
+    """Emulate TF32: as this package uses it, or in products of geometry too."""
+    torch.set_float32_matmul_precision("highest" if geometry else "high")
+    with RoundedProducts():
+        yield
+    torch.set_float32_matmul_precision("highest")
 
 
-def main(parameters: Path, structure: Path) -> None:
-    """Print a line for each kind of arithmetic."""
-    atoms = ase.io.read(structure)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name) / "so3lr"
-        import_so3lr(parameters, folder)
-        exact, single = (load_model(folder, dtype=dtype) for dtype in (torch.float64, torch.float32))
-        section, statistics, _ = read_model_config(folder)
-        mixed = build_model(dataclasses.replace(section, precision="bf16"), statistics)  # type: ignore[call-arg]
-        mixed.load_state_dict(single.state_dict())
-    graph = Graph(atomic_numbers=atoms.numbers.astype(np.int64), positions=atoms.positions - atoms.positions.mean(0))
-    double, float32 = (collate([build_neighbors(graph, *exact.cutoffs)], d) for d in (torch.float64, torch.float32))
-    expected = compute_forces(exact, double)
+def count_kept_bytes(model: Potential, graphs: Sequence[Graph]) -> int:
+    """Return the bytes of all tensors that a training pass keeps for its backward pass, weights aside."""
+    batch, kept = collate(graphs), {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        outputs = model(batch)
+    for weight in model.parameters():
+        kept.pop(weight.untyped_storage().data_ptr(), None)
+    assert outputs["forces"].requires_grad
+    return sum(kept.values())
+
+
+def measure_seconds(models: Sequence[Potential], graphs: Sequence[Graph], rounds: int = 5) -> list[float]:
+    """Return the median processor time of a forward and backward pass of each model, measured in turn."""
+    batch, times = collate(graphs), [list[float]() for _ in models]
+    for _ in range(rounds):
+        for model, found in zip(models, times, strict=True):
+            started = time.process_time()
+            model(batch)["forces"].square().sum().backward()
+            found.append(time.process_time() - started)
+            model.zero_grad()
+    return [statistics.median(found) for found in times]
+
+
+def show(label: str, figures: dict[str, float]) -> None:
+    """Print a row of the first table."""
+    names = ("proof_forces_error", "proof_energy_error", "proof_net_force", "proof_rotation_error")
+    error, energy, net, rotation = (1000 * figures[name] for name in names)
     print(
-        f"{structure.stem}, {len(atoms)} atoms, torch {torch.__version__}, rms force {np.sqrt((expected**2).mean()):.3f} eV/Å"
+        f"| {label} | {error:.3g} | {figures['proof_forces_relative']:.1e} | {energy:.2g} | {net:.1g} | {rotation:.2g} |"
     )
-    print("| arithmetic | rms, meV/Å | largest, meV/Å | products rounded |\n|---|---|---|---|")
 
-    def show(label: str, forces: np.ndarray, count: int | str = "") -> None:
-        error = 1000 * (forces - expected)
-        print(f"| {label} | {np.sqrt((error**2).mean()):.3f} | {np.abs(error).max():.3f} | {count} |")
 
-    show("float32", compute_forces(single, float32))
-    for label, rounding in (("TF32", round_to_tf32), ("bfloat16", round_to_bf16)):
-        for geometry in (False, True):
-            with RoundedProducts(rounding, geometry) as mode:
-                forces = compute_forces(single, float32)
-            where = "all products" if geometry else "dense layers"
-            show(f"{label} in {where} (emulated)", forces, mode.count)
-    show("model.precision=bf16", compute_forces(mixed.eval(), float32))
+def run_model(folder: Path, label: str, graphs: Sequence[Graph]) -> None:
+    """Print the tables of a model."""
+    exact, single = load_model(folder, dtype=torch.float64), load_model(folder).requires_grad_(True).train()
+    mixed = copy.deepcopy(single)
+    mixed.set_precision("bf16-mixed")
+    size = float(exact(collate(graphs, torch.float64))["forces"].square().mean().sqrt())
+    print(f"\n{label}: {sum(g.num_atoms for g in graphs)} atoms, rms force {size:.3f} eV/Å\n")
+    print("| arithmetic | forces, meV/Å | relative | energy, meV/atom | net force, meV/Å | rotation, meV/Å |")
+    print("|---|---|---|---|---|---|")
+    show("float32", compare(single, exact, graphs, "cpu"))
+    for geometry, words in ((False, "tf32 (emulated)"), (True, "the same without exact geometry (not used)")):
+        with tf32(geometry=geometry):
+            show(words, compare(single, exact, graphs, "cpu"))
+    models = {"float32": single, "bf16-mixed": mixed}
+    for words, names in WIDER.items():
+        wider = copy.deepcopy(mixed)
+        if round_modules(wider, names):
+            models[f"and {words} (not used)"] = wider
+    everything = models["all of these (not used)"] = copy.deepcopy(mixed)
+    round_modules(everything, [name for names in WIDER.values() for name in names])
+    for words, model in list(models.items())[1:]:
+        show(words, compare(model, exact, graphs, "cpu"))
+    many = [graphs[i % len(graphs)] for i in range(CONFORMERS_IN_A_PASS)]
+    kept = [count_kept_bytes(model, many) for model in models.values()]
+    seconds = measure_seconds(list(models.values()), many)
+    print(
+        "\n| arithmetic | kept for the backward pass, MB | ms of processor for a pass | of float32 |\n|---|---|---|---|"
+    )
+    for words, size, time_of_pass in zip(models, kept, seconds, strict=True):
+        share = f"{size / kept[0]:.2f}, {time_of_pass / seconds[0]:.2f}"
+        print(f"| {words} | {size / 1e6:.1f} | {1000 * time_of_pass:.0f} | {share} |")
+
+
+def read_structure(path: Path, cutoffs: tuple[float, float]) -> Graph:
+    """Read a molecule from a file, with its pairs."""
+    atoms = ase.io.read(path)
+    graph = Graph(atomic_numbers=atoms.numbers.astype(np.int64), positions=atoms.positions - atoms.positions.mean(0))
+    return build_neighbors(graph, *cutoffs)
+
+
+def main(data: Path, runs: Sequence[Path], published: Sequence[Path]) -> None:
+    """Measure all models."""
+    print(f"Python {sys.version.split()[0]}, torch {torch.__version__}")
+    for run in runs:
+        section, _, facts = read_model_config(run)
+        mixture = Mixture.open(DataSection(folder=str(data)), section)
+        graphs = choose_fixed_graphs(mixture, load_model(run).cutoffs)
+        run_model(run, f"{section.name}, {facts['step']} steps", graphs)
+    if published:
+        with tempfile.TemporaryDirectory() as name:
+            import_so3lr(published[0], Path(name) / "so3lr")
+            cutoffs = load_model(Path(name) / "so3lr").cutoffs
+            run_model(Path(name) / "so3lr", "so3lr, published", [read_structure(published[1], cutoffs)])
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parameters", type=Path)
-    parser.add_argument("structure", type=Path)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("runs", type=Path, nargs="+")
+    parser.add_argument("--published", type=Path, nargs=2, default=())
     arguments = parser.parse_args()
-    sys.exit(main(arguments.parameters, arguments.structure))
+    main(arguments.data, arguments.runs, arguments.published)

@@ -1,4 +1,4 @@
-"""Training without DeepSpeed and without processes: the definition that the engine is measured by."""
+"""Training without DeepSpeed, processes, passes and the package's own loss: the definition that engines are measured by."""
 
 import torch
 
@@ -7,11 +7,11 @@ from so3krates_dist.distributed import seed_everything
 from so3krates_dist.graph import GraphBatch
 from so3krates_dist.model.potential import ModelStatistics
 from so3krates_dist.model.registry import build_model
-from so3krates_dist.train.optim import compute_learning_rate
+from so3krates_dist.train.optim import compute_learning_rate, scale_layers
 
 
 class PlainTraining:
-    """AdamW on whole global batches.
+    """AdamW or AMSGrad on whole global batches.
 
     Args:
         config: Of the run.
@@ -23,70 +23,68 @@ class PlainTraining:
         seed_everything(config.run.seed)
         self.scale = statistics.energy_scale
         self.potential = build_model(config.model, statistics).train()
-        named = dict(self.potential.named_parameters())
-        decayed = {n for n, p in named.items() if n.endswith("weight") and p.dim() > 1 and "embedding" not in n}
-        matrices, others = ([p for n, p in named.items() if (n in decayed) == choice] for choice in (True, False))
-        groups = [
-            {"params": matrices, "weight_decay": self.section.weight_decay},
-            {"params": others, "weight_decay": 0.0},
-        ]
-        betas = (self.section.adam_beta1, self.section.adam_beta2)
-        self.optimizer = torch.optim.AdamW(groups, betas=betas, fused=False, foreach=False)
-        self._least = {name: torch.full_like(weight, torch.inf) for name, weight in named.items()}
+        self.optimizer = self._build_optimizer()
+
+    def _build_optimizer(self) -> torch.optim.AdamW:
+        """Return one with a group for each weight, whose learning rate and decay can be read off its name."""
+        scales = scale_layers([n for n, _ in self.potential.named_parameters()], self.section.layer_decay)
+        tables = {f"{name}.weight" for name, m in self.potential.named_modules() if isinstance(m, torch.nn.Embedding)}
+        groups = []
+        for name, weight in self.potential.named_parameters():
+            decays = weight.dim() > 1 and name not in tables and not name.endswith("bias")
+            decay = self.section.weight_decay if decays else 0.0
+            groups.append({"params": [weight], "weight_decay": decay, "scale": scales[name]})
+        return torch.optim.AdamW(
+            groups, betas=(self.section.adam_beta1, self.section.adam_beta2), eps=self.section.adam_epsilon,
+            amsgrad=self.section.optimizer == "amsgrad", fused=False, foreach=False,
+        )  # fmt: skip
 
     def step(self, step: int, batch: GraphBatch) -> tuple[float, float]:
         """Train on the whole global batch; return the loss and the norm of its gradient."""
-        outputs = self.potential(batch)
+        loss = self._compute_loss(batch)
+        self.optimizer.zero_grad()
+        loss.backward()
+        for weight in self.potential.parameters():
+            weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+        limit = self.section.gradient_clipping or float("inf")
+        norm = torch.nn.utils.clip_grad_norm_(self.potential.parameters(), limit)
+        for group in self.optimizer.param_groups:
+            group["lr"] = compute_learning_rate(step, self.section) * group["scale"]
+        self.optimizer.step()
+        return float(loss.detach()), float(norm)
+
+    def _compute_loss(self, batch: GraphBatch) -> torch.Tensor:
+        outputs = self.potential(batch, compute_stress=self.section.stress_weight > 0)
         energies = (outputs["energy"] - batch.energy) / batch.num_atoms / self.scale
         forces = (outputs["forces"] - batch.forces) / self.scale
         weights = self.section.energy_weight, self.section.forces_weight
         loss = weights[0] * energies.square().mean().float() + weights[1] * forces.square().mean()
+        if self.section.stress_weight:
+            errors = (outputs["stress"] - batch.stress)[~batch.stress.isnan()]
+            loss = loss + self.section.stress_weight * errors.square().mean()
         if self.section.dipole_weight:
             loss = loss + self.section.dipole_weight * self._compare_dipoles(outputs["dipole"], batch)
         if self.section.hirshfeld_weight:
-            errors = outputs["hirshfeld_ratios"] - batch.hirshfeld_ratios
+            errors = (outputs["hirshfeld_ratios"] - batch.hirshfeld_ratios)[~batch.hirshfeld_ratios.isnan()]
             loss = loss + self.section.hirshfeld_weight * errors.square().mean()
-        self.optimizer.zero_grad()
-        loss.backward()
-        self._remember_gradients()
-        limit = self.section.gradient_clipping or float("inf")
-        norm = torch.nn.utils.clip_grad_norm_(self.potential.parameters(), limit)
-        for group in self.optimizer.param_groups:
-            group["lr"] = compute_learning_rate(step, self.section)
-        self.optimizer.step()
-        return float(loss.detach()), float(norm)
+        return loss
 
     def _compare_dipoles(self, dipoles: torch.Tensor, batch: GraphBatch) -> torch.Tensor:
         """Return the mean squared error, with the origin of each at its centre of mass."""
         errors = []
         for number, label in enumerate(batch.dipole):
-            atoms = batch.graph_index == number
-            masses = torch.tensor([{10: 20.1797, 18: 39.948}[int(z)] for z in batch.atomic_numbers[atoms]])
-            centre = masses @ batch.positions[atoms] / masses.sum()
-            errors.append(dipoles[number] - batch.total_charge[number] * centre - label)
+            if not label.isnan().any():
+                atoms = batch.graph_index == number
+                masses = torch.tensor([{10: 20.1797, 18: 39.948}[int(z)] for z in batch.atomic_numbers[atoms]])
+                centre = masses @ batch.positions[atoms] / masses.sum()
+                errors.append(dipoles[number] - batch.total_charge[number] * centre - label)
         return torch.stack(errors).square().mean()
 
-    def _remember_gradients(self) -> None:
-        gradients = {n: p.grad.abs() for n, p in self.potential.named_parameters() if p.grad is not None}
-        largest = max(float(g.max()) for g in gradients.values())
-        for name, gradient in gradients.items():
-            relative = torch.where(gradient > 0, gradient / largest, torch.inf)
-            self._least[name] = torch.minimum(self._least[name], relative)
-
-    def find_sound(self) -> dict[str, torch.Tensor]:
-        """Return which weights had a gradient, and never one that was next to nothing but rounding.
-
-        AdamW divides each gradient by its own size, so a weight whose gradient vanishes (the bias of the charges, which are made to
-        add up) walks by what is left of it.
-        """
-        return {f"weight.{name}": (least > 1e-6) & least.isfinite() for name, least in self._least.items()}
-
-    def weights(self) -> dict[str, torch.Tensor]:
-        return {f"weight.{n}": p.detach().clone() for n, p in self.potential.named_parameters()}
-
-    def moments(self) -> dict[str, torch.Tensor]:
-        """Return AdamW's mean of the gradients; zero for weights that had none."""
-        states = self.optimizer.state
-        means = {n: states[p].get("exp_avg") for n, p in self.potential.named_parameters()}
-        named = dict(self.potential.named_parameters())
-        return {f"exp_avg.{n}": torch.zeros_like(named[n]) if m is None else m.clone() for n, m in means.items()}
+    def get_state(self) -> dict[str, torch.Tensor]:
+        """Return weights and moments under the names that engines give them."""
+        state = {}
+        for name, weight in self.potential.named_parameters():
+            moments = self.optimizer.state[weight]
+            state |= {f"weight.{name}": weight.detach().clone()}
+            state |= {f"{m}.{name}": t.clone() for m, t in moments.items() if m != "step"}
+        return state

@@ -1,240 +1,390 @@
-"""What test_zero.py runs in real processes: one start, many checks; findings go to a JSON file per process."""
+"""What test_zero.py runs in real processes: one start, many checks; findings go to a JSON file per process.
+
+A step's conformers are dealt unevenly to processes and passes, and some of these get none.
+"""
 
 import dataclasses
-import itertools
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from analytic import write_dataset
 from plain import PlainTraining
 from safetensors.torch import load_file, save_file
-from training_setup import find_differences, make_config, make_graphs
+from training_setup import find_differences, make_config
+from zero_cases import (
+    COMMON,
+    FEW,
+    FEW_MODELS,
+    GRAPHS_PER_STEP,
+    MODEL_STEPS,
+    MODELS,
+    NUM_STEPS,
+    OWN_LOSS,
+    PASSES,
+    STAGES,
+    STATISTICS,
+    WITHOUT_GRADIENT,
+    Case,
+    deal,
+    make_conformers,
+)
 
 from so3krates_dist.config import RunConfig
-from so3krates_dist.data.shards import load_manifest
-from so3krates_dist.data.stream import StepData, TrainingStream
-from so3krates_dist.distributed import Rank, read_rank, start_processes, stop_processes, wait_for_all
-from so3krates_dist.graph import GraphBatch
-from so3krates_dist.model.potential import ModelStatistics
-from so3krates_dist.train.checkpoint import RunFolder
-from so3krates_dist.train.inputs import open_data
-from so3krates_dist.train.loop import Training
-from so3krates_dist.train.planning import build_schedule
+from so3krates_dist.data.neighbors import build_neighbors
+from so3krates_dist.distributed import (
+    choose_device,
+    read_rank,
+    reduce_sum,
+    seed_everything,
+    start_processes,
+    stop_processes,
+    wait_for_all,
+)
+from so3krates_dist.errors import ConfigError
+from so3krates_dist.graph import GraphBatch, collate
+from so3krates_dist.model.potential import Potential
+from so3krates_dist.model.registry import build_model
+from so3krates_dist.train import budget
+from so3krates_dist.train.budget import find_limits, fit_cost
+from so3krates_dist.train.engine import TrainingEngine
+from so3krates_dist.train.losses import LABELS, compute_loss, compute_weights, count_labels
+from so3krates_dist.train.optim import compute_learning_rate
+from so3krates_dist.train.plain_engine import StepResult
+from so3krates_dist.train.probes import Probes
+from so3krates_dist.train.self_check import check_engine
 
-CPU = torch.device("cpu")
-STAGES = (0, 1, 2)
-NUM_STEPS = 8
-MICRO_BATCHES = {6: 1, 2: 2, 1: 1}
-"""Portions of a step, by the conformers in it, where not all combinations are tried"""
-MODELS = {
-    "so3krates": "num_features=12 num_layers=2 num_heads=2 degrees=[0,1] cutoff=4.0 num_radial_basis=4",
-    "so3krates, non-local": "num_features=12 num_layers=2 num_heads=2 degrees=[1,2] cutoff=4.0 num_radial_basis=4"
-    " non_local=true layer_norm=true sphc_norm=true",
-    "euclidean_transformer": "num_features=8 num_layers=2 num_heads=2 degrees=[1,2] cutoff=4.0 num_radial_basis=4 zbl=true"
-    " normalization=pre residual_mlp=gated message_scale=sqrt_features",
-    "so3lr": "num_features=8 num_layers=2 num_heads=2 degrees=[1,2] num_radial_basis=4",
-    "so3lr, bare": "num_features=8 num_layers=2 num_heads=2 degrees=[1,2] num_radial_basis=4 electrostatics=none"
-    " dispersion=false",
-    "geomatt": "num_layers=2 num_features=8 inner_width=8 grid_end=4.0 grid_spacing=0.5",
-    "geomatt_envelope": "num_layers=2 num_features=8 inner_width=8 grid_end=4.0 grid_spacing=0.5 cutoff=4.0",
-}
-"""Options of each model, so that all of its weights take part, or, in the bare one, some do not"""
-MODEL_STEPS = 4
-OWN_LOSS = ("train.energy_weight=0", "train.forces_weight=10", "train.dipole_weight=1", "train.hirshfeld_weight=1")
-"""of SO3LR"""
 Findings = dict[str, dict[str, Any]]
 
 
-def open_stream(config: RunConfig, rank: Rank) -> TrainingStream:
-    """Return the stream of a process from the first step on."""
-    schedule, _ = build_schedule(config, open_data(config), None, 0)
-    return TrainingStream(schedule, config, rank.rank, rank.world_size)
-
-
-def do_step(training: Training, step: int, batches: list[GraphBatch]) -> dict[str, float]:
-    """Do what the loop does with the micro-batches of a step."""
-    counts, _ = training.agree(StepData(batches), None, False)
-    return training.train_step(step, batches, counts)
-
-
 class Checks:
-    """All checks of one process."""
+    """All checks of one process.
 
-    def __init__(self, dataset: Path, folder: Path) -> None:
-        self.dataset, self.folder = dataset, folder
+    Args:
+        folder: For findings; states that other processes load lie beside it.
+        device: `cpu` or `cuda`.
+    """
+
+    def __init__(self, folder: Path, device: str = "cpu") -> None:
+        self.folder, self.states = folder, folder.parent / "states"
+        self.states.mkdir(exist_ok=True)
         self.rank = read_rank()
-        self.number = itertools.count()
-        self.plain: dict[tuple[str, ...], tuple[dict[str, torch.Tensor], list[tuple[float, float]]]] = {}
-        self.trainings: dict[tuple[str, ...], PlainTraining] = {}
+        self.device = choose_device(device, self.rank)
+        start_processes(self.rank, self.device)
+        graphs = make_conformers(GRAPHS_PER_STEP * NUM_STEPS)
+        self.steps = [graphs[i : i + GRAPHS_PER_STEP] for i in range(0, len(graphs), GRAPHS_PER_STEP)]
+        self.plain: dict[tuple[Any, ...], tuple[dict[str, torch.Tensor], list[tuple[float, float]]]] = {}
+        self.reach: tuple[float, float] = (0.0, 0.0)
 
-    def build(self, *settings: str) -> Training:
-        run = self.folder / f"run{next(self.number)}"
-        config = make_config(self.dataset, run, "train.weight_decay=0.05", "train.log_every=1000", *settings)
-        folder = RunFolder(config)
-        if self.rank.is_main:
-            folder.acquire()
-        wait_for_all()
-        training = Training(config, self.rank, CPU, open_data(config), folder, None)
-        folder.close()
-        return training
+    def configure(self, *settings: str) -> RunConfig:
+        return make_config("data", "run", *COMMON, *settings)
+
+    def build(self, config: RunConfig) -> TrainingEngine:
+        seed_everything(config.run.seed)
+        potential = build_model(config.model, STATISTICS).to(self.device)
+        self.find_pairs(potential)
+        return TrainingEngine(potential, config.train, self.device)
+
+    def find_pairs(self, potential: Potential) -> None:
+        """Give the conformers the pairs that a model needs."""
+        if potential.cutoffs != self.reach:
+            self.reach = potential.cutoffs
+            self.steps = [[build_neighbors(g, *self.reach) for g in step] for step in self.steps]
+
+    def use_molecules(self) -> None:
+        """Take the cells away, which not all models see."""
+        self.steps = [[dataclasses.replace(g, cell=None, pbc=None, stress=None) for g in step] for step in self.steps]
+        self.reach = (0.0, 0.0)  # with other pairs, which have no shifts
 
     def train_plainly(
-        self, *settings: str, steps: tuple[int, ...] = tuple(range(NUM_STEPS))
+        self, settings: tuple[str, ...], steps: Sequence[int] = range(NUM_STEPS)
     ) -> tuple[dict[str, torch.Tensor], list[tuple[float, float]]]:
-        """Return the weights after the steps, and loss and gradient norm of each."""
-        key = (*settings, str(steps))
+        """Return weights and moments after these steps, and loss and gradient norm of each; on the CPU."""
+        key = (settings, tuple(steps))
         if key not in self.plain:
-            config = make_config(self.dataset, self.folder, "train.weight_decay=0.05", *settings)
-            statistics = load_manifest(self.dataset).statistics
-            plain = PlainTraining(config, ModelStatistics.from_manifest(statistics, config.model))
-            stream = open_stream(config, Rank())
-            facts = [plain.step(step, *stream[step].batches) for step in steps]
-            self.plain[key] = plain.weights(), facts
-            self.trainings[key] = plain
+            plain = PlainTraining(self.configure(*settings), STATISTICS)
+            self.find_pairs(plain.potential)
+            facts = [plain.step(step, collate(self.steps[step])) for step in steps]
+            self.plain[key] = plain.get_state(), facts
         return self.plain[key]
 
-    def gather(self, training: Training) -> dict[str, torch.Tensor]:
-        return training.engine.gather_state() | training.mean.get_state()
+    def do_step(
+        self, engine: TrainingEngine, config: RunConfig, step: int, passes: str = "varied",
+        spoil: Callable[[GraphBatch], None] | None = None,
+    ) -> tuple[float, StepResult]:  # fmt: skip
+        """Do a step; `spoil` damages the batch of the last but one pass of the last process."""
+        portions = deal(self.steps[step], step, self.rank.world_size, PASSES[passes])
+        sums = [sum(count_labels(b)[i] for own in portions for b in own) for i in range(len(LABELS))]
+        own = portions[self.rank.rank]
+        if spoil is not None and self.rank.rank == self.rank.world_size - 1:
+            spoil(own[-2])
+        total = 0.0
+        for number, conformers in enumerate(own, 1):
+            batch = conformers.to(self.device, engine.dtype)
+            weights = compute_weights(step, config.train)
+            loss, _ = compute_loss(engine.forward(batch), batch, sums, config.train, weights, STATISTICS.energy_scale)
+            engine.backward(loss, is_last=number == len(own))
+            total += float(loss.detach())
+        total = reduce_sum([total], self.device)[0]
+        if spoil is _enlarge_label:  # the guard is asked first, whether the gradient is finite or not
+            assert total == float("inf")
+            engine.discard()
+            return total, StepResult(float("nan"), False)
+        return total, engine.step(compute_learning_rate(step, config.train))
 
     # ------------------------------------------------------------------------------------------------------------ checks
 
-    def check_trajectories(self) -> Findings:
-        """Every stage, portions, recomputation and clipping: the weights are those of plain torch."""
-        findings: Findings = {}
-        for clipping, batch_size in ((0.0, 6), (0.3, 6), (0.3, 2), (0.3, 1)):
-            data = (f"train.gradient_clipping={clipping}", f"data.batch_size={batch_size}")
-            expected, facts = self.train_plainly(*data)
-            for stage, micro, recompute in itertools.product(STAGES, (1, 2), (False, True)):
-                if (batch_size, clipping) != (6, 0.3) and (recompute or micro != MICRO_BATCHES[batch_size]):
-                    continue  # all combinations once, and then what each of the others is there for
-                name = (
-                    f"stage {stage}, {micro} micro-batches, recompute {recompute}, clip {clipping}, batch {batch_size}"
-                )
-                more = (f"train.micro_batches={micro}", f"train.checkpoint_attention={recompute}")
-                training = self.build(*data, f"train.zero_stage={stage}", *more)
-                findings[name] = self.compare_trajectory(training, expected, facts)
+    def check_trajectories(self, cases: Sequence[Case]) -> Findings:
+        """Weights, moments, losses and norms are those of plain torch on the global batches."""
+        findings = {}
+        for case in cases:
+            config = self.configure(*case.settings)
+            engine = self.build(config)
+            plain = dataclasses.replace(case, stage=0, checkpointing="none", offload=False)
+            findings[str(case)] = self.compare(engine, config, case.passes, *self.train_plainly(plain.settings))
         return findings
 
-    def compare_trajectory(
-        self, training: Training, expected: dict[str, torch.Tensor], facts: list[tuple[float, float]]
-    ) -> dict[str, Any]:
-        start = self.gather(training)
-        finding = {"loss": 0.0, "norm": 0.0, "atoms": [], "graphs": [], "clipped": 0}
-        stream = open_stream(training.config, self.rank)
+    def compare(
+        self, engine: TrainingEngine, config: RunConfig, passes: str, expected: dict[str, torch.Tensor],
+        facts: Sequence[tuple[float, float]],
+    ) -> dict[str, Any]:  # fmt: skip
+        """Train, and compare with what plain torch found in as many steps."""
+        start = engine.gather_state()
+        finding: dict[str, Any] = {"loss": 0.0, "norm": 0.0, "clipped": 0}
         for step, (loss, norm) in enumerate(facts):
-            batches = stream[step].batches
-            found = do_step(training, step, batches)
-            finding["loss"] = max(finding["loss"], abs(found["loss"] / loss - 1))
-            finding["norm"] = max(finding["norm"], abs(found["gradient_norm"] / norm - 1))
-            finding["atoms"].append(sum(len(b.atomic_numbers) for b in batches))
-            finding["graphs"].append([b.num_graphs for b in batches])
-            finding["clipped"] += norm > (training.config.train.gradient_clipping or float("inf"))
-        state = self.gather(training)
-        finding["weights"] = max(float((state[n] - w).abs().max()) for n, w in expected.items())
-        finding["motion"] = max(float((state[n] - start[n]).abs().max()) for n in expected)
+            found, result = self.do_step(engine, config, step, passes)
+            finding["loss"] = max(finding["loss"], abs(found / loss - 1))
+            finding["norm"] = max(finding["norm"], abs(result.gradient_norm / norm - 1))
+            finding["clipped"] += norm > (config.train.gradient_clipping or float("inf"))
+        state = engine.gather_state()
+        weights = [name for name in expected if name.startswith("weight.")]
+        gradients = {name.partition(".")[2]: t for name, t in expected.items() if name.startswith("exp_avg.")}
+        largest = max(float(t.abs().max()) for t in gradients.values())
+        finding["gradients"] = max(
+            float((state[f"exp_avg.{name}"] - t).abs().max()) / largest for name, t in gradients.items()
+        )
+        relative = {n: 0.0 if n == WITHOUT_GRADIENT else measure(state[n], expected[n]) for n in weights}
+        finding["weights"] = max(relative.values())
+        finding["worst"] = max(weights, key=lambda name: relative[name])
+        finding["absolute"] = max(float((state[n] - expected[n]).abs().max()) for n in weights)
+        finding["motion"] = max(float((state[n] - start[n]).abs().max()) for n in weights)
+        finding["steps"] = int(state["optimizer_steps"])
+        finding["sizes"] = {n: t.nbytes for n, t in state.items()} == engine.state_sizes()
         return finding
 
-    def check_models(self) -> Findings:
-        """Every model, with its attention computed again or not, some portions empty: the weights are those of plain torch."""
+    def check_models(self, names: Sequence[str] = tuple(MODELS)) -> Findings:
+        """Every model at stage 3 and one other stage; only some processes and passes have labels of SO3LR's heads."""
         findings: Findings = {}
-        for number, (name, options) in enumerate(MODELS.items()):
+        self.use_molecules()
+        for number, name in enumerate(names):
+            options = MODELS[name]
             model = name.partition(",")[0]
             settings = [f"model.name={model}", *(f"model.{option}" for option in options.split())]
-            settings += ["train.weight_decay=0", "data.batch_size=2", *(OWN_LOSS if name == "so3lr" else ())]
-            steps = tuple(range(MODEL_STEPS))
-            expected, facts = self.train_plainly(*settings, steps=steps)
-            plain = self.trainings[*settings, str(steps)]
-            for stage in STAGES if model == "so3lr" else (STAGES[number % 3],):
-                for recompute in (False, True):
-                    more = (
-                        f"train.zero_stage={stage}",
-                        f"train.checkpoint_attention={recompute}",
-                        "train.micro_batches=2",
-                    )
-                    training = self.build(*settings, *more)
-                    finding = self.compare_trajectory(training, expected, facts)
-                    finding |= compare_moments(self.gather(training), plain, expected)
-                    findings[f"{name}, stage {stage}, recompute {recompute}"] = finding
+            settings += ["train.stress_weight=0", *(OWN_LOSS if name == "so3lr" else ())]
+            others = ((3, "blocks"), (number % 3, "none" if "geomatt" in model else "low_memory"))
+            for stage, checkpointing in ((3, "none"), *others) if name == "so3lr" else others:
+                more = (f"train.zero_stage={stage}", f"train.activation_checkpointing={checkpointing}")
+                config = self.configure(*settings, *more)
+                engine = self.build(config)
+                expected = self.train_plainly(tuple(settings), range(MODEL_STEPS))
+                findings[f"{name}, stage {stage}, {checkpointing}"] = self.compare(engine, config, "varied", *expected)
         return findings
 
-    def check_states(self) -> Findings:
-        """A gathered state goes into any stage and number of processes and comes out bit for bit."""
+    def check_states(self, pattern: str = "*") -> Findings:
+        """A state goes into any stage and number of processes, comes out bit for bit, and training goes on."""
         findings: Findings = {}
-        states = {}
+        settings = ("train.optimizer=amsgrad",)
+        plain, _ = self.train_plainly(settings, range(4))
+        engines = {}
         for stage in STAGES:
-            training = self.build(f"train.zero_stage={stage}")
-            stream = open_stream(training.config, self.rank)
+            config = self.configure(
+                *settings, f"train.zero_stage={stage}", f"train.offload_optimizer={stage in (2, 3)}"
+            )
+            engines[stage] = self.build(config), config
             for step in range(3):
-                do_step(training, step, stream[step].batches)
-            states[f"{self.rank.world_size} processes, stage {stage}"] = self.gather(training)
+                self.do_step(*engines[stage], step)
+            state = engines[stage][0].gather_state(lambda _: self.rank.is_main)
             if self.rank.is_main:
-                path = self.folder.parent / f"{self.rank.world_size} processes, stage {stage}.safetensors"
-                save_file(states[f"{self.rank.world_size} processes, stage {stage}"], path)
-        if self.rank.world_size == 1:
-            states |= {p.stem: load_file(p) for p in sorted(self.folder.parent.glob("[!1]*.safetensors"))}
-        for name, state in states.items():
-            for stage in STAGES:
-                training = self.build(f"train.zero_stage={stage}", "run.seed=7")
-                before = find_differences(state, self.gather(training))
-                training.engine.load_state(state)
-                training.mean.load_state(state)
-                after = self.gather(training)
-                finding: dict[str, Any] = {"before": len(before), "differences": find_differences(state, after)}
-                finding |= self.compare_next_steps(state, stage, training)
-                findings[f"{name} into {self.rank.world_size} processes, stage {stage}"] = finding
+                save_file(state, self.states / f"{self.rank.world_size} to stage {stage}.safetensors")
+            else:
+                assert not state, "only what is to be kept is kept"
+            self.do_step(*engines[stage], 4)  # away from what is loaded
+        wait_for_all()
+        for path in sorted(self.states.glob(f"{pattern}.safetensors")):
+            state = load_file(path)
+            state["mean.of something else"] = torch.ones(3)
+            for stage, (engine, config) in engines.items():
+                before = find_differences(engine.gather_state(), state)
+                engine.load_state(state)
+                after = engine.gather_state() | {"mean.of something else": torch.ones(3)}
+                finding = {"before": len(before), "differences": find_differences(state, after)}
+                self.do_step(engine, config, 3)
+                after = engine.gather_state()
+                finding["weights"] = max(measure(after[n], t) for n, t in plain.items() if n.startswith("weight."))
+                finding["steps"] = int(after["optimizer_steps"])
+                findings[f"{path.stem} into {self.rank.world_size}, stage {stage}"] = finding
         return findings
 
-    def compare_next_steps(self, state: dict[str, torch.Tensor], stage: int, loaded: Training) -> dict[str, Any]:
-        """Go on for three steps (of the data that seed 0 orders) and compare with plain torch that never stopped."""
-        expected, _ = self.train_plainly(steps=tuple(range(6)))
-        stream = open_stream(make_config(self.dataset, self.folder), self.rank)
-        for step in range(3, 6):
-            do_step(loaded, step, stream[step].batches)
-        after = self.gather(loaded)
-        deviation = max(float((after[n] - w).abs().max()) for n, w in expected.items())
-        return {"weights": deviation, "steps": int(after["optimizer_steps"])}
-
-    def check_skipped_steps(self) -> Findings:
-        """A loss or gradient that is not finite on one process: the step is skipped by all, and nothing is changed."""
+    def check_interruptions(self) -> Findings:
+        """What is not finite in one pass of one process, or given up: nothing is changed, and training goes on."""
         findings: Findings = {}
-        expected, _ = self.train_plainly(steps=(0, 1, 2, 4, 5))
-        for stage, micro in itertools.product(STAGES, (1, 2)):
-            for damage in DAMAGES if micro == 2 else ("nan position",):
-                training = self.build(f"train.zero_stage={stage}", f"train.micro_batches={micro}")
-                stream = open_stream(training.config, self.rank)
-                for step in range(3):
-                    do_step(training, step, stream[step].batches)
-                before = self.gather(training)
-                batches = stream[3].batches
-                if self.rank.rank == self.rank.world_size - 1:
-                    DAMAGES[damage](batches[0])
-                facts = do_step(training, 3, batches)
-                finding: dict[str, Any] = {
-                    "applied": facts["applied"],
-                    "differences": find_differences(before, self.gather(training)),
-                }
-                for step in (4, 5):
-                    do_step(training, step, stream[step].batches)
-                after = self.gather(training)
-                finding["weights"] = max(float((after[n] - w).abs().max()) for n, w in expected.items())
-                findings[f"{damage}, stage {stage}, {micro} micro-batches"] = finding
+        plain, _ = self.train_plainly(("train.gradient_clipping=0.3",), (0, 2, 4, 5))
+        for stage, offload in (*((stage, False) for stage in STAGES), (2, True), (3, True)):
+            more = f"train.offload_optimizer={str(offload).lower()}"
+            config = self.configure("train.gradient_clipping=0.3", f"train.zero_stage={stage}", more)
+            engine = self.build(config)
+            finding: dict[str, Any] = {"applied": [], "differences": {}}
+            for step in (0, 2):
+                self.do_step(engine, config, step)
+            for kind, spoil in DAMAGES.items():
+                before = engine.gather_state()
+                _, result = self.do_step(engine, config, 3, spoil=spoil)
+                finding["applied"].append(result.applied)
+                finding["differences"] |= {kind: find_differences(before, engine.gather_state())}
+            for is_last in (False, True):
+                before = engine.gather_state()
+                self.give_up(engine, is_last)
+                finding["differences"] |= {f"last {is_last}": find_differences(before, engine.gather_state())}
+            for step in (4, 5):
+                self.do_step(engine, config, step)
+            state = engine.gather_state()
+            finding["weights"] = max(measure(state[n], t) for n, t in plain.items() if n.startswith("weight."))
+            findings[f"stage {stage}, offload {offload}"] = finding
         return findings
 
+    def give_up(self, engine: TrainingEngine, is_last: bool) -> None:
+        """Do passes of a step, with large gradients, and forget them; evaluate in between."""
+        own = deal(self.steps[3], 3, self.rank.world_size)[self.rank.rank]
+        for number, conformers in enumerate(own, 1):
+            batch = conformers.to(self.device, engine.dtype)
+            engine.backward(
+                1e3 * engine.forward(batch)["forces"].square().sum(), is_last=is_last and number == len(own)
+            )
+            with engine.whole_weights() as weights:
+                assert [w.shape for w in weights] == list(engine._shapes.values())
+        engine.forward(batch)  # and one that is left without its backward pass
+        engine.discard()
 
-def compare_moments(
-    state: dict[str, torch.Tensor], plain: PlainTraining, weights: dict[str, torch.Tensor]
-) -> dict[str, Any]:
-    """Compare gradients, and weights where their gradients are more than rounding."""
-    moments, is_sound = plain.moments(), plain.find_sound()
-    largest = max(float(m.abs().max()) for m in moments.values())
-    finding: dict[str, Any] = {"moments": max(float((state[n] - m).abs().max()) for n, m in moments.items()) / largest}
-    trained = sum(int(m.count_nonzero()) for m in moments.values())
-    finding["sound"] = sum(int(sound.sum()) for sound in is_sound.values()) / trained
-    deviations = [(state[name] - weight)[is_sound[name]].abs() for name, weight in weights.items()]
-    return finding | {"sound weights": max(float(d.max()) for d in deviations if len(d))}
+    def check_weights(self) -> Findings:
+        """Weights can be read whole, and used by one process alone; at stage 3 they are in parts all the rest of the time."""
+        findings: Findings = {}
+        for stage in STAGES:
+            config = self.configure(f"train.zero_stage={stage}")
+            engine = self.build(config)
+            self.do_step(engine, config, 0)
+            state = engine.gather_state()
+            names = [name for name, _ in engine.potential.named_parameters()]
+            outputs = engine.forward(collate(self.steps[1]).to(self.device))
+            finding: dict[str, Any] = {"held": sum(w.numel() for w in engine.potential.parameters())}
+            if stage == 3:  # by autograd; a single process has them all in one piece
+                finding["kept"] = len(engine._weights._storages._known) if self.rank.world_size > 1 else 0
+            engine.backward(outputs["forces"].sum() * 0.0, is_last=True)
+            engine.discard()
+            with engine.whole_weights() as weights:
+                finding["equal"] = all(
+                    torch.equal(w.cpu(), state[f"weight.{n}"]) for n, w in zip(names, weights, strict=True)
+                )
+                if self.rank.is_main:
+                    alone = engine.potential(collate(self.steps[2]).to(self.device))["forces"]
+                    copied = build_model(config.model, STATISTICS).to(self.device)
+                    copied.load_state_dict({n: state[f"weight.{n}"] for n in names})
+                    other = copied(collate(self.steps[2]).to(self.device))["forces"]
+                    finding["alone"] = bool(torch.equal(alone, other))
+            finding["held after"] = sum(w.numel() for w in engine.potential.parameters())
+            finding["total"] = sum(t.numel() for n, t in state.items() if n.startswith("weight."))
+            findings[f"stage {stage}"] = finding
+        return findings
+
+    def check_self_check(self) -> Findings:
+        """It finds nothing where nothing is wrong, leaves no trace, and says on all processes what is wrong where something is."""
+        findings: Findings = {}
+        graphs = self.steps[0][:3]
+        for stage, offload, checkpointing in (
+            (0, False, "blocks"),
+            (1, True, "low_memory"),
+            (2, False, "none"),
+            (3, True, "blocks"),
+        ):
+            config = self.configure(
+                f"train.zero_stage={stage}", f"train.offload_optimizer={str(offload).lower()}",
+                f"train.activation_checkpointing={checkpointing}",
+            )  # fmt: skip
+            engine = self.build(config)
+            finding: dict[str, Any] = {}
+            for moment in ("start", "later"):
+                before = engine.gather_state() | {"random": torch.random.get_rng_state()}
+                arguments = (graphs, config.train, self.rank, self.device)
+                finding[moment] = check_engine(engine, graphs[:1] if moment == "later" else graphs, *arguments[1:])
+                after = engine.gather_state() | {"random": torch.random.get_rng_state()}
+                finding[f"{moment} differences"] = find_differences(before, after)
+                self.do_step(engine, config, 0)
+            engine.__class__ = ForgetfulEngine
+            before = engine.gather_state()
+            try:
+                check_engine(engine, *arguments)
+            except ConfigError as error:
+                finding["refusal"] = str(error)
+            finding["refusal differences"] = find_differences(before, engine.gather_state())
+            findings[f"stage {stage}"] = finding
+        return findings
+
+    def check_measurements(self) -> Findings:
+        """Rank 0 measures in the middle of a step, the others wait: all hear the same, and nothing is changed."""
+        findings: Findings = {}
+        for name, seconds in (("MIN_SECONDS", 0.01), ("MAX_SECONDS", 0.1)):
+            setattr(budget, name, seconds)  # of passes that are measured; a real run takes longer ones
+        probes = self.make_probes()
+        for stage in (3,):
+            config, states, found = self.configure(f"train.zero_stage={stage}"), [], {}
+            for is_measured in (False, True):
+                engine = self.build(config)
+                self.do_step(engine, config, 0)
+                batches = deal(self.steps[2], 2, self.rank.world_size)[self.rank.rank]
+                engine.backward(engine.forward(batches[0])["forces"].square().sum(), is_last=False)
+                if is_measured:
+                    potential = build_model(config.model, STATISTICS).train()
+                    own = (4 - 2 * self.rank.rank) * 10**6
+                    more = (config.train, self.device, self.rank)
+                    limits = find_limits(potential, probes, *more, available_bytes=own)
+                    found = limits.to_json() | fit_cost(potential, probes, *more).to_json()
+                    found["refused"] = self.refuse(potential, probes, config)
+                engine.backward(engine.forward(batches[1])["forces"].square().sum(), is_last=True)
+                engine.step(1e-2)
+                states.append(engine.gather_state())
+            findings[f"stage {stage}"] = {"found": found, "differences": find_differences(*states)}
+        return findings
+
+    def make_probes(self) -> Probes:
+        """Return different conformers on each process: only those of rank 0 count."""
+        graphs = self.steps[self.rank.rank][:3]
+        atoms, pairs = zip(*((g.num_atoms, g.num_short_pairs or 0) for g in graphs), strict=True)
+        return Probes(tuple(graphs), atoms, pairs, max(atoms), max(pairs), pairs_per_atom=sum(pairs) / sum(atoms))
+
+    def refuse(self, potential: Potential, probes: Probes, config: RunConfig) -> str:
+        """Return what a process hears where no conformer fits."""
+        try:
+            find_limits(potential, probes, config.train, self.device, self.rank, available_bytes=1)
+        except ConfigError as error:
+            return str(error)
+        return ""
+
+    def count_graphs(self) -> list[list[int]]:
+        """Return how many conformers each pass of this process has."""
+        portions = [deal(graphs, step, self.rank.world_size) for step, graphs in enumerate(self.steps)]
+        return [[batch.num_graphs for batch in own[self.rank.rank]] for own in portions]
+
+
+class ForgetfulEngine(TrainingEngine):
+    """An engine that loses a little of what the second and later passes give."""
+
+    def backward(self, loss: torch.Tensor, *, is_last: bool) -> None:
+        super().backward(loss * (0.9 if is_last else 1.0), is_last=is_last)
+
+
+def measure(values: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return the largest difference over the largest entry; of what is zero, the difference itself."""
+    return float((values - expected).abs().max()) / (float(expected.abs().max()) or 1.0)
 
 
 def _spoil_positions(batch: GraphBatch) -> None:
@@ -247,7 +397,7 @@ def _spoil_label(batch: GraphBatch) -> None:
 
 
 def _enlarge_label(batch: GraphBatch) -> None:
-    """The error itself is finite; its square and the norm of the gradient are not."""
+    """The error is finite, and so may be the gradient; the loss is not."""
     assert batch.forces is not None
     batch.forces[0, 0] = 1e30
 
@@ -255,30 +405,42 @@ def _enlarge_label(batch: GraphBatch) -> None:
 DAMAGES = {"nan position": _spoil_positions, "infinite label": _spoil_label, "huge label": _enlarge_label}
 
 
-def make_labelled_dataset(folder: Path) -> Path:
-    """Write clusters with random dipoles and Hirshfeld ratios, every other one charged, with an unpaired electron."""
-    rng = np.random.default_rng(0)
-    graphs = [
-        dataclasses.replace(
-            graph, total_charge=float(number % 2) * (-1) ** (number // 2), num_unpaired_electrons=float(number % 2),
-            dipole=rng.normal(size=3), hirshfeld_ratios=rng.uniform(0.7, 1.1, graph.num_atoms),
-        )
-        for number, graph in enumerate(make_graphs(20))
-    ]  # fmt: skip
-    return write_dataset(folder, {"train": graphs[4:], "validation": graphs[:4]})
-
-
-def run_checks(dataset: Path, labelled: Path, folder: Path) -> int:
+def run_checks(folder: Path, world_size: int) -> int:
     """Run all checks and write `findings<rank>.json`."""
-    rank = read_rank()
-    start_processes(rank, CPU)
-    checks = Checks(dataset, folder)
-    findings = {
-        "models": Checks(labelled, folder).check_models(),
-        "trajectories": checks.check_trajectories(),
+    checks = Checks(folder)
+    findings: dict[str, Any] = {
+        "trajectories": checks.check_trajectories(FEW),
+        "graphs": checks.count_graphs(),
+        "weights": checks.check_weights(),
         "states": checks.check_states(),
-        "skipped": checks.check_skipped_steps(),
+        "interruptions": checks.check_interruptions(),
+        "self-check": checks.check_self_check(),
     }
-    (folder / f"findings{rank.rank}.json").write_text(json.dumps(findings, indent=1))
+    if world_size == 2:
+        findings["measurements"] = checks.check_measurements()
+        findings["models"] = checks.check_models(FEW_MODELS)
+    return write_findings(checks, findings)
+
+
+def run_states(folder: Path) -> int:
+    """Load what the other number of processes has left."""
+    checks = Checks(folder)
+    return write_findings(checks, {"states": checks.check_states("2 *")})
+
+
+def run_models(folder: Path) -> int:
+    """Compare all models."""
+    checks = Checks(folder)
+    return write_findings(checks, {"models": checks.check_models()})
+
+
+def run_trajectories(folder: Path, cases: Sequence[Case], device: str = "cpu") -> int:
+    """Compare all of these cases."""
+    checks = Checks(folder, device)
+    return write_findings(checks, {"trajectories": checks.check_trajectories(cases)})
+
+
+def write_findings(checks: Checks, findings: dict[str, Any]) -> int:
+    (checks.folder / f"findings{checks.rank.rank}.json").write_text(json.dumps(findings, indent=1))
     stop_processes()
     return 0

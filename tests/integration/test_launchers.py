@@ -54,14 +54,14 @@ def run_process(command, **changes: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def launch(launcher: str, script: Path, *words: str) -> subprocess.CompletedProcess[str]:
+def launch(launcher: str, script: Path, *words: str, **changes: str) -> subprocess.CompletedProcess[str]:
     port = str(find_free_port())
     prefix = {
         "python": [],
         "deepspeed": ["-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port", port],
         "torchrun": ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port],
     }[launcher]
-    return run_process([sys.executable, *prefix, script, *words])
+    return run_process([sys.executable, *prefix, script, *words], **changes)
 
 
 # ----------------------------------------------------------------------------------------------------------- launch/train.py
@@ -98,7 +98,7 @@ def test_a_config_error_is_one_line_and_its_exit_code(train_script, words):
 def test_a_config_error_ends_the_launcher_with_its_exit_code(train_script):
     result = launch("deepspeed", train_script, "train.zero_stage=7")
     assert result.returncode == EXIT_CONFIG
-    assert "so3krates: train.zero_stage must be 0, 1 or 2; got 7." in result.stderr
+    assert "so3krates: train.zero_stage must be 0, 1, 2 or 3; got 7." in result.stderr
     assert "Traceback" not in result.stderr
 
 

@@ -98,9 +98,10 @@ def test_resumed_in_the_middle_it_ends_with_the_same_bits(root: Path, tmp_path: 
 
 
 def test_a_change_in_mid_run_is_recorded_and_can_be_resumed(root: Path, tmp_path: Path) -> None:
-    """A second data set and other lanes, on another number of processes; killed and started again, nothing else changes."""
+    """A second data set, weights in the loss and other lanes, on other processes; killed and started again, nothing changes."""
     whole, target = tmp_path / "whole", tmp_path / "run"
     one, both = (f"data.folder={root / 'morse'}",), (*name(root / "morse", root / "dft"), "data.lanes=6")
+    both += ("data.loss_weights=[2,0.5]",)
     for folder in (whole, target):
         run(folder, *one, "train.stop_at=5")
     first = read_state(whole, 5)
@@ -112,12 +113,16 @@ def test_a_change_in_mid_run_is_recorded_and_can_be_resumed(root: Path, tmp_path
     boundary = int(re.findall(r"New plan from step (\d+) on: data\.folders \['morse'\] -> \['morse', 'dft'\]", said)[0])
     plan = json.loads((whole / "plan.json").read_text())
     assert [s["first_step"] for s in plan["segments"]] == [0, boundary]
+    assert [s.get("loss_weights") for s in plan["segments"]] == [None, [2.0, 0.5]]
+    assert "data.loss_weights [1.0] -> [2.0, 0.5]" in said
     assert 5 < boundary < 40
     for stop in (boundary - 1, boundary + 3, 0):
         run(target, *changed, f"train.stop_at={stop}", world_size=2)
     assert find_differences(read_state(whole, 40), read_state(target, 40)) == {}
     assert json.loads((target / "plan.json").read_text()) == plan
     assert "New plan" not in run(target, *both, world_size=2), "it has been asked for, and is the run's plan now"
+    refused = run(target, *both[:-1], world_size=2, code=1)
+    assert "where data.loss_weights is [2.0, 0.5]; got [1.0, 1.0]. Set it back, or set data.rebase=true" in refused
 
 
 def test_labels_that_are_missing_count_for_nothing(tmp_path: Path) -> None:

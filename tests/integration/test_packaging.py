@@ -118,7 +118,7 @@ def test_the_launch_script_uses_the_installed_package(clone, installed, tmp_path
     )
     own.unlink()
     assert result.returncode == EXIT_CONFIG
-    assert result.stderr == "so3krates: train.zero_stage must be 0, 1 or 2; got 7. Change the value.\n"
+    assert result.stderr == "so3krates: train.zero_stage must be 0, 1, 2 or 3; got 7. Change the value.\n"
 
 
 def test_an_installed_wheel_makes_a_data_set(installed, tmp_path):

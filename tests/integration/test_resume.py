@@ -3,18 +3,30 @@
 Compared are weights, moments, the optimizer's count, the mean of the weights, the figures of all 40 steps, and the exported models.
 """
 
+import itertools
 import re
 import shutil
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
+import torch
 from interruptions import train_and_die, train_with_signal, train_with_stop_file
-from training_setup import find_differences, make_dataset, make_settings, read_state, run_processes, train
+from resume_checks import train_each
+from training_setup import (
+    find_differences,
+    make_dataset,
+    make_settings,
+    read_state,
+    run_processes,
+    train,
+)
 
+from so3krates_dist.config import read_config, to_plain
 from so3krates_dist.errors import EXIT_DONE, EXIT_REQUEUE
 from so3krates_dist.metrics import read_metrics
+from so3krates_dist.train.checkpoint import FORMAT
 
 NUM_STEPS = 40
 FIGURES = ("loss", "energy_mae_per_atom", "forces_mae", "forces_rmse", "learning_rate", "gradient_norm", "epoch")
@@ -108,9 +120,20 @@ def test_killed(lab: Lab, step: int) -> None:
     """The last process is killed; the others end by themselves. The run goes on from the last checkpoint."""
     run = lab.root / f"killed{step}"
     codes = {-signal.SIGKILL} if lab.world_size == 1 else {-signal.SIGKILL, 1}
-    lab.run(run, function=train_and_die, arguments=(step, lab.world_size - 1), codes=codes)
+    arguments = (step, lab.world_size - 1)
+    lab.run(run, "train.async_save=false", function=train_and_die, arguments=arguments, codes=codes)
     assert f"Resumed at step {step // 10 * 10} of 40" in lab.run(run, codes={EXIT_DONE})
     lab.compare(run)
+
+
+def test_killed_while_a_checkpoint_is_written(lab: Lab) -> None:
+    """One step after a save has begun: it is committed or it is not, and the run ends with the same bits."""
+    for rank in range(lab.world_size):
+        run = lab.root / f"killed-saving{rank}"
+        codes = {-signal.SIGKILL} if lab.world_size == 1 else {-signal.SIGKILL, 1}
+        lab.run(run, function=train_and_die, arguments=(20, rank), codes=codes)
+        assert re.search("Resumed at step [12]0 of 40", lab.run(run, codes={EXIT_DONE}))
+        lab.compare(run)
 
 
 def test_killed_before_the_first_checkpoint(lab: Lab) -> None:
@@ -133,7 +156,7 @@ def test_worker_processes_change_nothing(lab: Lab) -> None:
 
 def test_a_finished_run_is_left_as_it_is(lab: Lab) -> None:
     def read_all() -> dict[Path, bytes]:
-        return {p: p.read_bytes() for p in lab.whole.rglob("*") if p.is_file() and p.name != ".lock"}
+        return {p: p.read_bytes() for p in lab.whole.rglob("*") if p.is_file() and not p.name.startswith(".lock")}
 
     before = read_all()
     assert "Done after 40 steps" in lab.run(lab.whole, codes={EXIT_DONE})
@@ -151,3 +174,71 @@ def test_another_number_of_processes_goes_on_with_the_same_batches(lab: Lab) -> 
     assert found.keys() == expected.keys()
     deviations = {k: abs(found[k] / v - 1) for k, v in expected.items()}
     assert max(deviations.values()) < 1e-3, sorted(deviations.items(), key=lambda item: -item[1])[:5]
+
+
+@pytest.mark.parametrize("number", range(1, FORMAT + 1))
+def test_a_checkpoint_of_each_format_goes_on(tmp_path: Path, number: int) -> None:
+    """Those that are kept in tests/data, of which the first two are a run's of this model."""
+    stored = Path(__file__).parents[1] / "data" / f"checkpoint_format_{number}"
+    run, dataset = tmp_path / "run", make_dataset(tmp_path / "data", num_train=12)
+    model = to_plain(read_config(stored / "config.yaml").model)
+    settings = [
+        *make_settings(dataset, run, "data.batch_size=2"),
+        *(f"model.{key}={value}" for key, value in model.items()),
+    ]
+    assert run_processes(tmp_path / "log", 1, train, [*settings, "train.stop_at=3"]).codes == (EXIT_DONE,)
+    shutil.rmtree(run / "checkpoints")
+    shutil.copytree(stored / "checkpoints", run / "checkpoints")
+    outcome = run_processes(tmp_path / "log", 1, train, [*settings, "train.stop_at=5"])
+    assert outcome.codes == (EXIT_DONE,), str(outcome)
+    assert "Resumed at step 3 of 40" in outcome.outputs[0]
+    before, after = (read_state(run, step) for step in (3, 5))
+    assert before.keys() == after.keys()
+    assert after["optimizer_steps"].tolist() == [5]
+    assert not torch.equal(before["mean.network.readout.weight"], after["mean.network.readout.weight"])
+
+
+STAGES = (0, 1, 2, 3)
+"""of ZeRO"""
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs of each stage and number of processes, which have a checkpoint before their last three steps."""
+    root = tmp_path_factory.mktemp("stages")
+    make_dataset(root / "data")
+    for world_size in (1, 2):
+        train_stages(root, world_size, {f"{stage}-of-{world_size}": stage for stage in STAGES})
+    return root
+
+
+def train_stages(root: Path, world_size: int, runs: Mapping[str, int]) -> None:
+    """Do some runs with their stages."""
+    common = ("train.self_check=false", "train.proof=false", "train.save_every=17", "train.stop_at=20")
+    settings = [
+        make_settings(root / "data", root / name, *common, f"train.zero_stage={stage}") for name, stage in runs.items()
+    ]
+    outcome = run_processes(root / f"log-{world_size}", world_size, train_each, settings)
+    assert set(outcome.codes) == {EXIT_DONE}, str(outcome)
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
+def test_a_checkpoint_of_any_stage_goes_on_at_any_stage(sources: Path, before: int, after: int) -> None:
+    """On another number of processes at that; that states survive on the same number bit for bit is in tests/distributed.
+
+    Compared with what the run would have done: losses of the next steps, which tell that weights, moments, schedule and the order
+    of the conformers are the same. Sums over processes round differently; equality is to that.
+    """
+    runs: dict[str, int] = {}
+    source_of: dict[str, Path] = {}
+    for first, second in itertools.product(STAGES, STAGES):
+        name, source = f"{first}-of-{before}-to-{second}-of-{after}", sources / f"{first}-of-{before}"
+        shutil.copytree(source, sources / name, ignore=shutil.ignore_patterns("metrics.jsonl", "step_00000020"))
+        runs[name], source_of[name] = second, source
+    train_stages(sources, after, runs)
+    deviations = {}
+    for name, source in source_of.items():
+        expected, found = read_figures(source), read_figures(sources / name)
+        assert [step for kind, step, key in found if (kind, key) == ("train", "loss")] == [18, 19, 20]
+        deviations[name] = max(abs(v / expected[k] - 1) for k, v in found.items() if k[::2] == ("train", "loss"))
+    assert max(deviations.values()) < 1e-6, deviations

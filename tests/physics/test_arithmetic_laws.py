@@ -1,7 +1,6 @@
 """Laws of arithmetic: precision, modes and memory-saving options change rounding at most, and only as much as they say."""
 
 import copy
-from collections import Counter
 from collections.abc import Mapping
 
 import numpy as np
@@ -24,11 +23,9 @@ from structures import (
 
 from so3krates_dist.graph import Graph
 from so3krates_dist.model.potential import ModelStatistics, Potential
+from so3krates_dist.train.two_pass import TwoPass
 
 options = pytest.mark.parametrize("options", OPTIONS)
-with_bf16 = pytest.mark.parametrize(
-    "options", [name for name, section in OPTIONS.items() if hasattr(section, "precision")]
-)
 
 
 def make_graphs(options: str) -> list[Graph]:
@@ -105,34 +102,19 @@ def test_training_outputs_have_a_graph(options: str) -> None:
     assert all(tensor.requires_grad for tensor in outputs.values())
 
 
+def make_bf16_potential(options: str = "backbone", seed: int = 0, noise: float = 0.2) -> Potential:
+    potential = make_potential(options, torch.float32, seed, noise)
+    potential.set_precision("bf16-mixed")
+    return potential
+
+
 @options
-def test_recomputing_the_attention_changes_nothing(options: str) -> None:
-    """Activation checkpointing, with the second backward pass that force losses need."""
-    potential, graphs, calls = make_potential(options), make_graphs(options), list[str]()
-    for name, module in potential.named_modules():
-        module.register_forward_pre_hook(lambda *_, name=name: calls.append(name))
-    counts, outputs, gradients = [], [], []
-    for checkpointed in (False, True):
-        potential.as_network.checkpoint_attention = checkpointed
-        outputs.append(compute(potential.train(), *graphs))
-        calls.clear()
-        gradients.append(compute_gradients(potential, graphs))
-        counts.append(Counter(calls))
-    recomputed = sorted(counts[1] - counts[0])
-    assert recomputed
-    assert set(counts[0]) == set(counts[1])
-    assert "network.embedding" not in recomputed
-    check_deviations(compare(outputs[1], outputs[0]) | compare(gradients[1], gradients[0]), 1e-12)
-    check_deviations(compare(compute(potential.eval(), *graphs), outputs[0]), 1e-12)
-
-
-@with_bf16
 def test_bf16_moves_forces_a_little_and_does_move_them(options: str) -> None:
     """Means over four models near their initial weights; single models of the pre-normalised kind reach 3 % in forces."""
     found: dict[str, list[float]] = {"forces": [], "weight gradients": []}
     graphs = make_graphs(options)
     for seed in range(4):
-        exact, rounded = (make_potential(options, torch.float32, seed, 0.05, precision=p) for p in ("float32", "bf16"))
+        exact, rounded = make_potential(options, torch.float32, seed, 0.05), make_bf16_potential(options, seed, 0.05)
         outputs, expected = (compute(p, *graphs)["forces"] for p in (rounded, exact))
         gradients, exact_gradients = (flatten(compute_gradients(p, graphs)) for p in (rounded, exact))
         assert {outputs.dtype, *(p.dtype for p in rounded.parameters())} == {np.dtype(np.float32), torch.float32}
@@ -143,9 +125,41 @@ def test_bf16_moves_forces_a_little_and_does_move_them(options: str) -> None:
     assert min(found["forces"]) > 1e-4, "bf16 is not in use"
 
 
+@pytest.mark.parametrize("checkpointing", ["blocks", "low_memory"])
+@options
+def test_bf16_is_the_same_where_layers_are_computed_again(options: str, checkpointing: str) -> None:
+    """Rounding has jumps, so what is rounded must come out alike, which is so for blocks.
+
+    In the first of two passes derivatives need not be differentiable, and torch rounds them less often: the difference is as
+    large as what bf16 does.
+    """
+    obstacle = OPTIONS[options].low_memory_obstacle
+    if checkpointing == "low_memory" and obstacle:
+        pytest.skip(f"low_memory cannot work where {obstacle}")
+    potential, gradients, outputs = make_bf16_potential(options, noise=0.05).train(), [], []
+    batch = make_batch(make_graphs(options), potential.cutoffs, torch.float32)
+    for mode in ("none", checkpointing):
+        potential.network.checkpointing = mode  # type: ignore[assignment]
+        passes = TwoPass(potential)
+        found = passes.forward(potential, batch, compute_stress=False)
+        loss = torch.stack([values.square().sum().double() for values in found.values()]).sum()
+        passes.finish(potential, loss).backward()
+        gradients.append(
+            torch.cat([torch.zeros(0) if p.grad is None else p.grad.flatten() for p in potential.parameters()])
+        )
+        potential.zero_grad()
+        outputs.append(found["forces"].detach())
+    deviations = {
+        "forces": compute_relative_rmse(outputs[1], outputs[0]),
+        "weight gradients": compute_relative_rmse(gradients[1], gradients[0]),
+    }
+    within_bf16 = {"forces": 0.02, "weight gradients": 0.05}
+    check_deviations(deviations, 1e-4 if checkpointing == "blocks" else within_bf16)
+
+
 def test_bf16_works_frozen_and_without_gradients() -> None:
     """As in evaluation and in dynamics; autocast keeps converted weights between calls, which must not go stale."""
-    potential = make_potential(dtype=torch.float32, precision="bf16").requires_grad_(False)
+    potential = make_bf16_potential().requires_grad_(False)
     with torch.no_grad():
         first, second = (compute(potential, *make_graphs("backbone")) for _ in range(2))
         for parameter in potential.parameters():
@@ -155,14 +169,17 @@ def test_bf16_works_frozen_and_without_gradients() -> None:
     assert measure(third["energy"], first["energy"]) > 1e-3
 
 
-def test_bf16_keeps_the_laws_that_need_no_precision() -> None:
-    """No net force, and a symmetric stress: both follow from the pairs, whatever the arithmetic."""
-    outputs = compute(
-        make_potential(dtype=torch.float32, precision="bf16"), make_crystal(), make_crystal("self_images"), stress=True
-    )
+@options
+def test_bf16_keeps_the_laws_that_need_no_precision(options: str) -> None:
+    """No net force, and a symmetric stress: both follow from the pairs, whatever the arithmetic. Charges add up."""
+    crystals = [make_crystal(), make_crystal("self_images")] if options in PERIODIC else []
+    outputs = compute(make_bf16_potential(options), *crystals, make_molecule(), make_ion(-1.0), stress=bool(crystals))
     net = outputs["forces"].astype(np.float64).sum(0)
     check_deviations({"net force": float(np.abs(net).max() / np.abs(outputs["forces"]).max())}, 1e-5)
-    np.testing.assert_array_equal(outputs["stress"], outputs["stress"].transpose(0, 2, 1))
+    if crystals:
+        np.testing.assert_array_equal(outputs["stress"][:2], outputs["stress"][:2].transpose(0, 2, 1))
+    if "partial_charges" in outputs:
+        assert float(outputs["partial_charges"].astype(np.float64).sum()) == pytest.approx(-1.0, abs=1e-5)
 
 
 @pytest.mark.parametrize(

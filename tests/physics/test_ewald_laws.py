@@ -52,7 +52,7 @@ class FixedCharges(nn.Module):
     cutoff = reach = 3.0
     sees = frozenset({"cell"})
     uses_positions = True
-    checkpoint_attention = False
+    checkpointing = "none"
 
     def __init__(self, method: ewald.Method, damping: float = 2.0) -> None:
         super().__init__()

@@ -310,7 +310,7 @@ def test_every_weight_learns_and_both_paths_agree(name: str) -> None:
     graphs = [make_molecule(), make_molecule("CO2", 1)]
     dense, listed = (collect_gradients(make(SECTIONS[name], a), *graphs) for a in ("dense", "neighbor_list"))
     recomputed = make(SECTIONS[name], "neighbor_list")
-    recomputed.network.checkpoint_attention = True  # type: ignore[assignment]
+    recomputed.network.checkpointing = "blocks"  # type: ignore[assignment]
     again = collect_gradients(recomputed, *graphs)
     for key, gradient in dense.items():
         reached = gradient[[1, 6, 8]] if "embedding" in key else gradient

@@ -31,7 +31,7 @@ from so3krates_dist.data import neighbors
 from so3krates_dist.data.neighbors import build_neighbors
 from so3krates_dist.graph import Graph, collate
 from so3krates_dist.model.potential import compute_vectors
-from so3krates_dist.train.losses import compute_loss, count_labels
+from so3krates_dist.train.losses import compute_loss, compute_weights, count_labels
 
 options = pytest.mark.parametrize("options", OPTIONS)
 
@@ -267,12 +267,14 @@ def test_an_empty_batch_takes_part(options: str, dtype: torch.dtype) -> None:
     outputs = potential(batch)
     tails = {"forces": (3,), "dipole": (3,)}
     assert {k: tuple(v.shape) for k, v in outputs.items()} == {k: (0, *tails.get(k, ())) for k in outputs}
-    section = TrainSection(dipole_weight=1.0, hirshfeld_weight=1.0) if "dipole" in outputs else TrainSection()
-    loss, errors = compute_loss(outputs, batch, [4.0, 12.0, 0.0, 3.0, 4.0], section, STATISTICS.energy_scale)
+    others = {"dipole_weight": 1.0, "charges_weight": 1.0, "hirshfeld_weight": 1.0} if "dipole" in outputs else {}
+    section = TrainSection(**others)
+    counts, weights = [4.0, 12.0, 0.0, 3.0, 4.0, 4.0], compute_weights(0, section)
+    loss, errors = compute_loss(outputs, batch, counts, section, weights, STATISTICS.energy_scale)
     loss.backward()
     assert loss.item() == 0
     assert errors.tolist() == [0, 0]
-    assert count_labels(batch) == [0] * 5
+    assert count_labels(batch) == [0] * 6
     gradients = [p.grad for p in potential.parameters() if p.grad is not None]
     assert gradients
     assert all(torch.count_nonzero(g) == 0 for g in gradients)

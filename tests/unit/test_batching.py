@@ -124,12 +124,37 @@ def test_labels_that_some_lack() -> None:
     """Conformer i has label k where bit k of i is set; blocks have columns that others have not."""
     graphs = [make_graph(i, 2 + i % 5, [n for k, n in enumerate(LABELS) if i >> k & 1]) for i in range(64)]
     whole = check(graphs, shuffle(64), (4.0, 4.0))
-    for label in LABELS[:5]:
+    for label in LABELS:
         assert getattr(whole, label).isnan().any(), label
     for row in range(64):
         batch = check(graphs, [row], (4.0, 4.0))
-        present = [getattr(batch, label) is not None for label in LABELS[:5]]
-        assert present == [bool(row >> k & 1) for k in range(5)]
+        present = [getattr(batch, label) is not None for label in LABELS]
+        assert present == [bool(row >> k & 1) for k in range(6)]
+
+
+def test_weights_in_the_loss() -> None:
+    """Blocks have them or not; batches of ones have none."""
+    graphs = [make_graph(i, 2 + i % 5) for i in range(30)]
+    for row in (3, 8, 12):
+        graphs[row].loss_weight = 0.25 * row
+    batch = check(graphs, shuffle(30), (4.0, 4.0))
+    assert batch.loss_weight is not None
+    assert sorted(batch.loss_weight.tolist()) == [0.75, *[1.0] * 27, 2.0, 3.0]
+    assert check(graphs, [0, 4, 29], (4.0, 4.0)).loss_weight is None
+    assert check(graphs, [4, 3], (4.0, 4.0)).loss_weight.tolist() == [1.0, 0.75]  # type: ignore[union-attr]
+
+
+def test_weights_of_blocks_are_factors_of_those_of_conformers() -> None:
+    graphs = [make_graph(i, 3) for i in range(8)]
+    graphs[1].loss_weight, graphs[6].loss_weight, graphs[7].loss_weight = 4.0, 0.0, 0.5
+    blocks = decode(graphs, 2)
+    table = Table([2] * 4, [6] * 4)
+    for number, factor in enumerate((0.5, 0.0, 1.0, 2.0)):
+        table.put(number, blocks[number], factor)
+    batch = unpack(assemble(table, range(8), (4.0, 4.0)))
+    assert batch.loss_weight is not None
+    assert batch.loss_weight.tolist() == [0.5, 2.0, 0.0, 0.0, 1.0, 1.0, 0.0, 1.0]
+    assert unpack(assemble(table, [4, 5, 7], (4.0, 4.0))).loss_weight is None, "all products are 1"
 
 
 def test_what_a_missing_label_is_stored_as_does_not_matter() -> None:
@@ -166,7 +191,7 @@ def test_all_fields_are_views_of_one_aligned_buffer() -> None:
     batch = unpack(buffer)
     tensors = {f.name: getattr(batch, f.name) for f in dataclasses.fields(GraphBatch)}
     tensors = {name: value for name, value in tensors.items() if isinstance(value, torch.Tensor)}
-    assert len(tensors) == 16
+    assert len(tensors) == 17
     for name, tensor in tensors.items():
         assert tensor.untyped_storage().data_ptr() == buffer.untyped_storage().data_ptr(), name
         assert (tensor.data_ptr() - buffer.data_ptr()) % 64 == 0, name

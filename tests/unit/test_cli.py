@@ -1,11 +1,13 @@
 """The command line: verbs, exit codes, one line for every mistake, and nothing heavy before it is needed."""
 
 import argparse
+import json
 import os
 import subprocess
 import sys
 
 import pytest
+from test_config import ALL_WRONG
 
 from so3krates_dist import __version__, cli
 from so3krates_dist.errors import EXIT_CONFIG, EXIT_DATA, CheckpointError, DataError
@@ -47,6 +49,7 @@ def test_train_help_shows_examples(capsys):
     assert "so3krates train run=quickstart" in out
     assert "deepspeed --num_accelerators 2 launch/train.py run=quickstart" in out
     assert "The same command resumes" in out
+    assert "so3krates train --dry-run --world-size 8 run=quickstart" in out
 
 
 def test_a_reader_that_has_enough():
@@ -88,6 +91,11 @@ def test_version(capsys):
         (("--colour", "train"), "unrecognized arguments: --colour"),
         (("evaluate",), "so3krates evaluate: the following arguments are required: RUN. `so3krates evaluate --help`"),
         (("doctor", "--folder"), "so3krates doctor: argument --folder: expected one argument"),
+        (
+            ("train", "--dry-run", "--world-size", "two"),
+            "so3krates train: argument --world-size: invalid int value: 'two'.",
+        ),
+        (("replay", "run"), "so3krates replay: the following arguments are required: STEP."),
     ],
 )
 def test_a_malformed_command_line_is_one_line(capsys, words, expected):
@@ -107,6 +115,14 @@ def test_a_malformed_command_line_is_one_line(capsys, words, expected):
         (("train", "quickstart"), EXIT_CONFIG, "quickstart must have the form key=value"),
         (("train",), EXIT_CONFIG, "data.folder must name a data set; got nothing."),
         (("train", "data.folder=/nowhere"), EXIT_DATA, "/nowhere must hold a manifest.json; got no such file."),
+        (("train", "--dry-run"), EXIT_CONFIG, "data.folder must name a data set; got nothing."),
+        (("train", "--dry-run", "train.lr=1"), EXIT_CONFIG, "Did you mean `train.learning_rate`?"),
+        (
+            ("train", "--world-size", "4", "run=quickstart"), EXIT_CONFIG,
+            "--world-size must be left out without --dry-run; got 4. Add --dry-run; real processes are started by a launcher.",
+        ),
+        (("lr-find", "train.lr=1"), EXIT_CONFIG, "Did you mean `train.learning_rate`?"),
+        (("replay", "/nowhere", "3"), CheckpointError.exit_code, "/nowhere"),
         (("validate", "/nowhere"), EXIT_DATA, "/nowhere must hold a manifest.json"),
         (("info", "/nowhere"), CheckpointError.exit_code, "/nowhere must be a run folder or hold a model; got neither"),
     ],
@@ -154,7 +170,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
 def test_exit_codes_reach_the_shell():
     result = run_command("train", "train.zero_stage=7")
     assert result.returncode == EXIT_CONFIG
-    assert result.stderr == "so3krates: train.zero_stage must be 0, 1 or 2; got 7. Change the value.\n"
+    assert result.stderr == "so3krates: train.zero_stage must be 0, 1, 2 or 3; got 7. Change the value.\n"
     assert result.stdout == ""
 
 
@@ -165,6 +181,36 @@ def test_a_config_error_comes_before_anything_heavy_is_imported():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout == f"{EXIT_CONFIG} []\n"
+
+
+REPORT = """
+import io, json, sys, time
+from contextlib import redirect_stderr, redirect_stdout
+from so3krates_dist import cli
+findings = []
+for words in json.load(sys.stdin):
+    out, err, start = io.StringIO(), io.StringIO(), time.perf_counter()
+    with redirect_stdout(out), redirect_stderr(err):
+        code = cli.main(["train", *words])
+    findings.append([code, out.getvalue(), err.getvalue(), time.perf_counter() - start])
+print(json.dumps([findings, sorted({"torch", "deepspeed", "numpy", "ase", "wandb"} & set(sys.modules))]))
+"""
+
+
+def test_bad_settings_are_one_line_before_anything_heavy_is_imported():
+    """Every third mistake of the table, as it comes from a command line; none needs more than a moment."""
+    table = ALL_WRONG[::3]
+    assert len(table) > 60
+    words = json.dumps([arguments.split(" ") for arguments, _ in table])
+    result = subprocess.run([sys.executable, "-c", REPORT], input=words, capture_output=True, text=True, check=True)
+    findings, imported = json.loads(result.stdout)
+    assert imported == []
+    for (arguments, expected), (code, out, err, seconds) in zip(table, findings, strict=True):
+        assert (code, out) == (EXIT_CONFIG, ""), arguments
+        assert err.startswith("so3krates: "), arguments
+        assert expected in err
+        assert err.count("\n") == 1, arguments
+        assert seconds < 10, arguments
 
 
 @pytest.mark.parametrize("verb", ["generate", "convert"])
@@ -183,3 +229,10 @@ def test_a_reader_that_leaves_early_is_no_error():
     assert result.returncode == 0
     assert result.stderr == ""
     assert result.stdout.startswith("run.name = run")
+
+
+def test_settings_may_stand_among_options() -> None:
+    before = cli._put_settings_first(["train", "a.b=1", "--dry-run", "--world-size", "4", "run=md17", "--x=2"])
+    assert before == ["train", "a.b=1", "run=md17", "--dry-run", "--world-size", "4", "--x=2"]
+    others = ["convert", "x.xyz", "--keys", "loss_weight=w"]
+    assert cli._put_settings_first(others) == others

@@ -75,6 +75,33 @@ def test_a_label_that_is_not_finite_is_no_missing_label() -> None:
     assert np.isnan(block.graph(0).energy)
 
 
+def test_weights_are_there_where_any_is_not_one() -> None:
+    graphs = [make_random_graph(i, everything=True) for i in range(4)]
+    plain = encode_block(graphs)
+    assert b'schema\\": 2' in plain[:4000]
+    for graph, weight in zip(graphs, (1.0, 0.0, 2.5, 1 / 3), strict=True):
+        graph.loss_weight = weight
+    payload = encode_block(graphs)
+    assert b'schema\\": 3' in payload[:4000]
+    block = decode_block(payload)
+    assert [g.loss_weight for g in block] == [1.0, 0.0, 2.5, float(np.float32(1 / 3))]
+    assert block.columns["loss_weight"].dtype == np.float32
+    for graph in graphs:
+        graph.loss_weight = 1 + 1e-9  # single precision holds no such number
+    assert encode_block(graphs) == plain
+
+
+@pytest.mark.parametrize(("weight", "found"), [(-0.5, "-0.5"), (float("nan"), "nan"), (1e39, "inf")])
+def test_weights_that_are_none_are_not_written(weight: float, found: str) -> None:
+    graph = make_random_graph(0)
+    graph.loss_weight = weight
+    message = (
+        rf"block must have a loss_weight that is a finite number, not below zero; got {found}\. Correct the weights"
+    )
+    with pytest.raises(DataError, match=message):
+        encode_block([make_random_graph(1), graph])
+
+
 def test_a_block_is_read_without_copies() -> None:
     payload = encode_block([make_random_graph(i, everything=True) for i in range(3)])
     block = decode_block(payload)
@@ -132,7 +159,12 @@ def replace_header(payload: bytes, old: str, new: str) -> bytes:
         (lambda p: struct.pack("<Q", 2**60) + p[8:], r"here must be a block of conformers; got"),
         (lambda p: rewrite_block(p, positions=None), r"here must have the column `positions`; got atomic_numbers, energy"),
         (lambda p: rewrite_block(p, energy=np.zeros(9)), r"here column `energy` must be float64 \(2,\); got float64 \(9,\)"),
-        (lambda p: rewrite_block(p, header={"schema": 3, "groups": []}), r"here must have schema 2 or lower; got 3. Install"),
+        (lambda p: rewrite_block(p, header={"schema": 4, "groups": []}), r"here must have schema 3 or lower; got 4. Install"),
+        (lambda p: rewrite_block(p, loss_weight=np.array([1, -1], "f4")), r"`loss_weight` must be finite .*below zero; got -1\.0"),
+        (lambda p: rewrite_block(p, loss_weight=np.array([np.nan, 1], "f4")), r"`loss_weight` must be finite .*; got nan"),
+        (lambda p: rewrite_block(p, loss_weight=np.array([1, np.inf], "f4")), r"`loss_weight` must be finite .*; got inf"),
+        (lambda p: rewrite_block(p, loss_weight=np.ones(1, "f4")), r"`loss_weight` must be float32 \(2,\); got float32 \(1,"),
+        (lambda p: rewrite_block(p, has_loss_weight=np.ones(2, "u1")), r"column `has_loss_weight` must be one of .*; got another"),
         (lambda p: rewrite_block(p, header=[1]), r"here must be a block of conformers; got AttributeError"),
         (lambda p: rewrite_block(p, header={"schema": 1}), r"here must be a block of conformers; got KeyError: 'groups'"),
         (lambda p: rewrite_block(p, header={"schema": 2, "groups": []}), r"here must have the check sum None; got \w{8}"),

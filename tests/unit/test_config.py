@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from test_config_data import WRONG_DATA
+from test_config_training import WRONG_TRAINING
 
 from so3krates_dist import config
 from so3krates_dist.config import (
@@ -24,6 +25,7 @@ from so3krates_dist.config import (
     read_config,
     sections,
     to_plain,
+    training,
 )
 from so3krates_dist.distributed import count_threads
 from so3krates_dist.errors import EXIT_CONFIG, ConfigError
@@ -75,7 +77,7 @@ WRONG = [
     ("train.num_steps=", "train.num_steps (command line) must be an integer; got None."),
     ("train.num_steps=[1", "train.num_steps (command line) must be an integer; got '[1'."),
     ("train.learning_rate=fast", "train.learning_rate (command line) must be a number; got 'fast'."),
-    ("train.checkpoint_attention=perhaps", "train.checkpoint_attention (command line) must be true or false; got 'perhaps'."),
+    ("train.self_check=perhaps", "train.self_check (command line) must be true or false; got 'perhaps'."),
     ("model.degrees=3", "model.degrees (command line) must be a list of integers, e.g. [1,2,3]; got 3."),
     ("model.degrees=[1,a]", "model.degrees (command line) must be a list of integers, e.g. [1,2,3]; got [1, 'a']."),
     ("model.degrees=[1.0,2]", "model.degrees (command line) must be a list of integers"),
@@ -104,7 +106,6 @@ WRONG = [
     ("run.threads=-1", "run.threads must be zero or greater; got -1."),
     ("train.adam_beta1=1", "train.adam_beta1 must be at least 0 and less than 1; got 1.0."),
     ("train.ema_decay=-0.5", "train.ema_decay must be at least 0 and less than 1; got -0.5."),
-    ("train.zero_stage=3", "train.zero_stage must be 0, 1 or 2; got 3."),
     ("train.keep_checkpoints=1", "train.keep_checkpoints must be at least 2; got 1."),
     ("model.degrees=[]", "model.degrees must be ascending integers from 1 to 8; got []."),
     ("model.degrees=[2,1]", "model.degrees must be ascending integers from 1 to 8; got [2, 1]."),
@@ -198,7 +199,10 @@ WRONG = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("arguments", "expected"), WRONG + WRONG_DATA, ids=[a for a, _ in WRONG + WRONG_DATA])
+ALL_WRONG = WRONG + WRONG_DATA + WRONG_TRAINING
+
+
+@pytest.mark.parametrize(("arguments", "expected"), ALL_WRONG, ids=[a for a, _ in ALL_WRONG])
 def test_every_mistake_is_one_line_that_says_what_to_do(arguments, expected):
     assert expected in get_message(arguments.split(" "))
 
@@ -231,13 +235,13 @@ def test_every_raise_and_check_of_the_schema_is_in_the_table():
     """A new `check(...)` needs a line above: its rule's constant words must occur in one expected message."""
     functions = [
         node
-        for module in (checks, loading, models, sections)
+        for module in (checks, loading, models, sections, training)
         for node in ast.walk(ast.parse(inspect.getsource(module)))
         if isinstance(node, ast.FunctionDef)
     ]
     rules = [get_words(rule) for function in functions for rule in find_rules(function)]
     assert len(rules) > 30
-    known = [*(expected for _, expected in WRONG + WRONG_DATA), *YAML_WRONG.values(), *WORLD_SIZE_MESSAGES]
+    known = [*(expected for _, expected in ALL_WRONG), *YAML_WRONG.values(), *WORLD_SIZE_MESSAGES]
     missing = [words for words in rules if not any(all(word in message for word in words) for message in known)]
     assert missing in ([], [["fit the schema"]]), "the last one guards against what omegaconf's merge lets through"
 
@@ -287,12 +291,10 @@ def test_yaml_means_what_people_write(tmp_path):
     """PyYAML follows YAML 1.1, where `off` and `no` are false and `1e-3` is a text."""
     assert load_config(["metrics.wandb=off"]).metrics.wandb == "off"
     path = tmp_path / "own.yaml"
-    path.write_text(
-        "metrics: {wandb: off}\nrun: {name: no}\ntrain: {learning_rate: 1e-3, checkpoint_attention: True}\n"
-    )
+    path.write_text("metrics: {wandb: off}\nrun: {name: no}\ntrain: {learning_rate: 1e-3, proof: False}\n")
     loaded = load_config([f"run={path}"])
     assert (loaded.metrics.wandb, loaded.run.name) == ("off", "no")
-    assert (loaded.train.learning_rate, loaded.train.checkpoint_attention) == (1e-3, True)
+    assert (loaded.train.learning_rate, loaded.train.proof) == (1e-3, False)
 
 
 def test_the_suggested_width_is_one_that_works():
@@ -301,7 +303,10 @@ def test_the_suggested_width_is_one_that_works():
     assert load_config([f"model.num_features={suggestion}", "model.degrees=[1,2,3]"]).model.num_features == suggestion
 
 
-WORLD_SIZE_MESSAGES = ("be a multiple of the number of processes (3)", "divide data.lanes / processes (2)")
+WORLD_SIZE_MESSAGES = (
+    "be a multiple of the number of processes (3)", "divide data.lanes / processes (2)",
+    "be float32, tf32 or bf16-mixed with several processes (2)",
+)  # fmt: skip
 
 
 def test_processes_must_divide_the_lanes():
@@ -315,6 +320,16 @@ def test_processes_must_divide_the_lanes():
     assert "Start 1, 2, 4, 8 processes, or set data.lanes=9" in str(caught.value)
     with pytest.raises(ConfigError, match=r"train.micro_batches must divide data.lanes / processes \(2\); got 4"):
         settings.check_world_size(4)
+
+
+def test_float64_is_for_one_process():
+    settings = load_config(["train.precision=float64", "train.zero_stage=0"])
+    settings.check_world_size(1)
+    message = (
+        r"train.precision must be float32, tf32 or bf16-mixed with several processes \(2\); got float64. Start a single"
+    )
+    with pytest.raises(ConfigError, match=message):
+        settings.check_world_size(2)
 
 
 # ------------------------------------------------------------------------------------------------------ how it is put together
@@ -362,7 +377,7 @@ def test_an_empty_file_changes_nothing(tmp_path):
     ("argument", "expected"),
     [
         ("train.learning_rate=1e-3", 1e-3), ("train.learning_rate=2", 2.0), ("train.num_steps=1_000", 1000),
-        ("train.checkpoint_attention=true", True), ("model.degrees=[1, 2]", (1, 2)), ("run.name=007", "007"),
+        ("train.offload_optimizer=true", True), ("model.degrees=[1, 2]", (1, 2)), ("run.name=007", "007"),
         ("run.name=yes", "yes"), ("run.folder=a=b", "a=b"), ("run.folder=/tmp/with space", "/tmp/with space"),
         ("data.verify=size", "size"), ("data.folders=[a, 7]", ("a", "7")), ("data.weights=[]", ()), ("data.cache=~/x", "~/x"),
     ],

@@ -48,6 +48,20 @@ WRONG_DATA = [
         "data.folders=[a,b] data.weights=[0.5,0.5] data.temperature=2",
         "data.temperature must be left at 1 with data.weights; got 2.0. Leave out one of them.",
     ),
+    ("data.loss_weights=[a]", "data.loss_weights (command line) must be a list of numbers, e.g. [1,2,3]; got ['a']."),
+    ("data.loss_weights=[1]", "data.loss_weights must be one factor for each of data.folders (0); got 1."),
+    (
+        "data.folders=[a,b] data.loss_weights=[1]",
+        "data.loss_weights must be one factor for each of data.folders (2); got 1. Write them in the order of data.folders.",
+    ),
+    *(
+        (
+            f"data.folders=[a,b] data.loss_weights=[1,{text}]",
+            f"data.loss_weights must be finite numbers, none below zero; got [1.0, {value}].",
+        )
+        for text, value in (("-1", "-1.0"), ("nan", "nan"), (".inf", "inf"), ("[1]", "[1]"))
+    ),
+    ("data.folders=[a,b] data.loss_weights=[0,0]", "data.loss_weights must not all be zero; got [0.0, 0.0]."),
     *(
         (
             f"data.find_limits=true data.{name}=100",
@@ -70,3 +84,4 @@ def test_data_sets_are_named_in_one_place_or_in_the_other():
     both = load_config(["data.folders=[b,s3://c/d]", "data.weights=[0.3333333,0.6666667]"]).data
     assert both.sources == ("b", "s3://c/d")
     assert both.weights == (0.3333333, 0.6666667)
+    assert load_config(["data.folder=a", "data.loss_weights=[2]"]).data.loss_weights == (2.0,)

@@ -12,7 +12,7 @@ import torch
 from torch import multiprocessing
 
 from so3krates_dist import distributed
-from so3krates_dist.distributed import Rank, choose_device, count_threads, read_rank
+from so3krates_dist.distributed import Rank, choose_device, count_threads, read_job, read_rank
 from so3krates_dist.errors import ConfigError
 
 MASTER = {"MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
@@ -93,6 +93,63 @@ def test_devices(monkeypatch, choice, gpus, local_rank, expected):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     assert str(choose_device(choice, Rank(local_rank=local_rank, world_size=4))) == expected
+
+
+@pytest.mark.parametrize(
+    ("precision", "device", "capability", "message"),
+    [
+        (
+            "tf32",
+            "cpu",
+            None,
+            r"^train\.precision must be float32, bf16-mixed or float64 on a CPU; got tf32\. TF32 and bfloat16",
+        ),
+        (
+            "tf32",
+            "cuda",
+            (7, 0),
+            r"^train\.precision must be float32 or float64 on Tesla; got tf32\. .* capability 8\.0",
+        ),
+        ("bf16-mixed", "cuda", (7, 5), r"^train\.precision must be float32 or float64 on Tesla; got bf16-mixed\. "),
+    ],
+)
+def test_arithmetic_that_a_device_does_not_have_is_refused(monkeypatch, precision, device, capability, message):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla")
+    with pytest.raises(ConfigError, match=message):
+        distributed.check_precision(precision, torch.device(device))
+
+
+def test_arithmetic_that_a_device_has(monkeypatch):
+    for precision in ("float32", "bf16-mixed", "float64"):
+        distributed.check_precision(precision, torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "A100")
+    for capability, precisions in (
+        ((8, 0), ("float32", "tf32", "bf16-mixed", "float64")),
+        ((7, 0), ("float32", "float64")),
+    ):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, value=capability: value)
+        for precision in precisions:
+            distributed.check_precision(precision, torch.device("cuda", 0))
+
+
+def test_products_are_rounded_only_where_that_is_asked_for():
+    """Whatever was set before, and for as long as it is asked for."""
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    try:
+        for precision, device, expected in (
+            ("tf32", gpu, "high"),
+            ("tf32", cpu, "highest"),
+            ("bf16-mixed", gpu, "highest"),
+        ):
+            torch.set_float32_matmul_precision("medium")
+            with distributed.matmul_precision(precision, device):
+                assert torch.get_float32_matmul_precision() == expected
+            assert torch.get_float32_matmul_precision() == "medium"
+            distributed.set_matmul_precision(precision, device)
+            assert torch.get_float32_matmul_precision() == expected
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
@@ -199,3 +256,8 @@ def test_threads_are_set(monkeypatch):
     monkeypatch.setattr(torch, "set_num_threads", set_to.append)
     distributed.tune_machine(3, torch.device("cpu"))
     assert set_to == [3]
+
+
+def test_the_job_of_a_scheduler() -> None:
+    assert read_job({}) == ""
+    assert read_job({"SLURM_JOB_ID": "4711"}) == "4711"

@@ -83,6 +83,24 @@ def test_dtypes_and_energies_without_rounding():
     assert batch.energy.tolist() == [-1234.567890123 * 3, -1234.567890123 * 5]
 
 
+def test_weights_are_there_where_any_is_not_one():
+    graphs = [make_graph(3, 0), make_graph(2, 1, loss_weight=0.25), make_graph(1, 2)]
+    batch = collate(graphs)
+    assert batch.loss_weight.tolist() == [1.0, 0.25, 1.0]
+    assert batch.loss_weight.dtype == torch.float32
+    assert batch.to("cpu", torch.float64).loss_weight.dtype == torch.float64
+    assert collate(graphs[::2]).loss_weight is None
+    assert collate([]).loss_weight is None
+
+
+def test_partial_charges_that_some_lack():
+    charges = np.array([0.5, -0.5], np.float32)
+    batch = collate([make_graph(2, 0, partial_charges=charges), make_graph(1, 1)])
+    np.testing.assert_array_equal(batch.partial_charges, [0.5, -0.5, np.nan])
+    assert batch.partial_charges.dtype == torch.float32
+    assert collate([make_graph(3, 0)]).partial_charges is None
+
+
 def test_a_batch_of_molecules_has_no_cell():
     batch = collate([make_graph(3, 0)])
     assert batch.cell is batch.pbc is batch.pair_shifts is batch.stress is None

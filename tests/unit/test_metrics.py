@@ -316,13 +316,27 @@ def test_line_has_human_units() -> None:
 
 
 def test_lines_have_what_is_trained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    train = TrainSection(energy_weight=0.0, forces_weight=0.0, dipole_weight=1.0, hirshfeld_weight=1.0)
+    train = TrainSection(
+        energy_weight=0.0, forces_weight=0.0, dipole_weight=1.0, hirshfeld_weight=1.0, charges_weight=1.0,
+        final_forces_weight=0.0, weights_until=10,
+    )  # fmt: skip
     config = RunConfig(model=So3lrSection(), train=train, metrics=MetricsSection(wandb="off"))
     values = {"energy_mae_per_atom": 0.5, "forces_mae": 0.5, "dipole_mae": 0.25, "hirshfeld_ratios_mae": 0.001}
+    values["partial_charges_mae"] = 0.0105
     with MetricsLogger(tmp_path, config, is_main=True) as logger:
         logger.log("validation", 3, values)
-    assert capsys.readouterr().out.split("validation")[1].strip() == "dipole 250.00 me Å  Hirshfeld 1.00e-3"
+    assert capsys.readouterr().out.split("validation")[1].strip() == (
+        "dipole 250.00 me Å  charges 10.50 me  Hirshfeld 1.00e-3"
+    )
     assert read_metrics(tmp_path / "metrics.jsonl")[0].items() >= values.items(), "the record has all"
+
+
+def test_lines_have_what_is_trained_later(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train = TrainSection(energy_weight=0.0, final_energy_weight=1.0, weights_until=10)
+    config = RunConfig(train=train, metrics=MetricsSection(wandb="off"))
+    with MetricsLogger(tmp_path, config, is_main=True) as logger:
+        logger.log("validation", 3, {"energy_mae_per_atom": 0.5, "forces_mae": 0.5})
+    assert "E 500.00 meV/atom" in capsys.readouterr().out
 
 
 def test_lines_have_eta_from_the_second_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -111,6 +111,42 @@ def test_pairs_that_count_are_those_that_cost(root: Path) -> None:
     assert pairs.tolist() == (atoms * (atoms - 1) // 2).tolist()
 
 
+# ----------------------------------------------------------------------------------------------------- weights in the loss
+
+
+class TestLossWeights:
+    def test_each_data_set_has_one(self, root: Path) -> None:
+        assert open_all(root / "a", root / "b").loss_weights == (1.0, 1.0)
+        mixture = open_all(root / "a", root / "b", loss_weights=(0.25, 1.0))
+        assert mixture.loss_weights == (0.25, 1.0)
+        first, second = mixture.describe()
+        assert first.endswith(", errors count 0.25 times")
+        assert "count" not in second
+
+    def test_they_change_neither_shares_nor_statistics(self, root: Path) -> None:
+        plain, weighted = (
+            open_all(root / "a", root / "dft"),
+            open_all(root / "a", root / "dft", loss_weights=(5.0, 0.5)),
+        )
+        assert weighted.shares == plain.shares
+        assert weighted.reference == plain.reference
+
+    def test_errors_that_count_for_nothing(self, root: Path) -> None:
+        message = (
+            r"data\.loss_weights must be above zero for a data set that is trained on; got 0 for a\."
+            r" Change data\.loss_weights or data\.weights\."
+        )
+        with pytest.raises(DataError, match=message):
+            open_all(root / "a", root / "b", weights=(1.0, 0.0), loss_weights=(0.0, 2.0))
+        assert open_all(root / "a", root / "b", loss_weights=(0.0, 2.0)).loss_weights == (0.0, 2.0)
+
+    def test_products_that_single_precision_does_not_hold(self, root: Path) -> None:
+        with pytest.raises(
+            DataError, match=r"data\.loss_weights must give weights that single precision holds; got 1e\+39 for"
+        ):
+            open_all(root / "a", loss_weights=(1e39,))
+
+
 # ----------------------------------------------------------------------------------------------------------------- shares
 
 

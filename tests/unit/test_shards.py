@@ -1,8 +1,10 @@
 """Shards: what goes in comes out, a plain WebDataset reads them, and manifests that are not right are refused."""
 
+import dataclasses
 import json
 import pickle
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +31,9 @@ from so3krates_dist.graph import Graph
 
 FIXTURE = Path(__file__).parent.parent / "data" / "shards_schema_1"
 FIXTURE_2 = FIXTURE.with_name("shards_schema_2")
+FIXTURE_3 = FIXTURE.with_name("shards_schema_3")
+WEIGHTS = {"train": (0.5, 2.0, 1.0, 1.0, 0.0, 1.25), "validation": (1.0, 3.0), "test": (1.0, 1.0)}
+"""of the conformers of schema 3 in the loss"""
 
 
 @pytest.fixture(autouse=True)
@@ -142,7 +147,7 @@ def test_manifests_that_are_missing_damaged_or_from_the_future_are_refused(tmp_p
             load_manifest(tmp_path / "set")
     path.write_text(text.replace('"schema": 2', '"schema": 7'), encoding="utf-8")
     with pytest.raises(
-        DataError, match=r"manifest.json must have schema 2 or lower; got 7. Install a newer so3krates-dist"
+        DataError, match=r"manifest.json must have schema 3 or lower; got 7. Install a newer so3krates-dist"
     ):
         load_manifest(tmp_path / "set")
 
@@ -210,7 +215,7 @@ def test_the_stored_data_set_of_schema_1_keeps_loading(tmp_path: Path) -> None:
 def test_the_stored_data_set_of_schema_2_keeps_loading() -> None:
     """Methanol of schema 1, and argon crystals with energies, forces and stresses of Morse pairs, mixed in blocks of two."""
     manifest = check_dataset(FIXTURE_2, hashes=True)
-    assert manifest.schema == 2 <= shards.SCHEMA
+    assert manifest.schema == shards.UNWEIGHTED_SCHEMA == 2 <= shards.SCHEMA
     assert manifest.fingerprint == "a627dabe592c68f0"
     assert manifest.labels == ("energy", "forces", "stress", "dipole", "partial_charges")
     assert manifest.label_counts["train"] == {"energy": 5, "forces": 5, "stress": 2, "dipole": 4, "partial_charges": 4}
@@ -234,9 +239,80 @@ def test_the_stored_data_set_of_schema_2_keeps_loading() -> None:
         assert sum(len(block) for _, block in iter_shard(FIXTURE_2 / entry.file, entry)) == entry.num_conformers
 
 
-@pytest.mark.parametrize("schema", [1, 2])
+def copy_stored(folder: Path, target: Path, weights: Mapping[str, Sequence[float]] | None = None) -> Manifest:
+    """Write the conformers of a stored data set again, with other weights in the loss."""
+    with open_dataset(folder) as dataset:
+        splits = {split: list(dataset.iter_graphs(split)) for split in shards.SPLITS}
+    for split, values in (weights or {}).items():
+        splits[split] = [dataclasses.replace(g, loss_weight=w) for g, w in zip(splits[split], values, strict=True)]
+    names = ("name", "level_of_theory", "licence", "splits", "groups", "statistics", "provenance")
+    content = json.loads((folder / "manifest.json").read_text())
+    return write_graphs(target, splits, block_size=2, blocks_per_shard=2, **{name: content[name] for name in names})
+
+
+def test_the_stored_data_set_of_schema_3_keeps_loading(tmp_path: Path) -> None:
+    """That of schema 2 with weights in the loss; its block of two ones is one of schema 2."""
+    manifest = check_dataset(FIXTURE_3, hashes=True)
+    assert manifest.schema == shards.SCHEMA == 3
+    assert manifest.fingerprint == "81edff5b1dca0748"
+    assert manifest.loss_weights["train"] == {"num_other": 4, "min": 0.0, "mean": 0.958333333333, "max": 2.0}
+    with open_dataset(FIXTURE_3, verify="sha256") as dataset, open_dataset(FIXTURE_2) as older:
+        for split, weights in WEIGHTS.items():
+            graphs = list(dataset.iter_graphs(split))
+            assert tuple(g.loss_weight for g in graphs) == weights
+            for one, other in zip(graphs, older.iter_graphs(split), strict=True):
+                assert_same_graph(dataclasses.replace(one, loss_weight=1.0), other)
+        assert ["loss_weight" in dataset.read_block(n).columns for n in range(5)] == [True, False, True, True, False]
+        assert older.manifest.loss_weights == {}
+    copy_stored(FIXTURE_2, tmp_path / "copy", WEIGHTS)
+    for path in FIXTURE_3.iterdir():
+        assert path.read_bytes() == (tmp_path / "copy" / path.name).read_bytes(), path.name
+
+
+def test_without_weights_every_byte_is_that_of_schema_2(tmp_path: Path) -> None:
+    """So that the order of running runs stays what it is, and earlier programs read what this one writes."""
+    copy_stored(FIXTURE_3, tmp_path / "copy", {split: [1.0] * len(w) for split, w in WEIGHTS.items()})
+    for path in FIXTURE_2.iterdir():
+        assert path.read_bytes() == (tmp_path / "copy" / path.name).read_bytes(), path.name
+
+
+def test_weights_are_told_from_shards_alone(tmp_path: Path) -> None:
+    shutil.copytree(FIXTURE_3, tmp_path / "copy")
+    (tmp_path / "copy" / "index.safetensors").unlink()
+    manifest = shards.write_index_and_manifest(tmp_path / "copy", load_manifest(FIXTURE_3))
+    assert manifest == load_manifest(FIXTURE_3)
+
+
+def test_training_conformers_of_no_weight_at_all_are_refused(tmp_path: Path) -> None:
+    message = (
+        r"methanol and argon must have a loss_weight above zero in its training split; got zero for all\. Correct the"
+    )
+    with pytest.raises(DataError, match=message):
+        copy_stored(FIXTURE_2, tmp_path / "set", {"train": [0.0] * 6})
+    assert not (tmp_path / "set" / "manifest.json").exists()
+    copy_stored(FIXTURE_2, tmp_path / "other", {"validation": [0.0] * 2, "test": [0.0] * 2})
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [
+        [], "train", {"all": {}}, {"train": 1.0}, {"train": {"min": 0.0}},
+        {"train": {"num_other": 1, "min": 0.0, "mean": 1.0, "max": True}},
+        {"train": {"num_other": 1, "min": -1.0, "mean": 1.0, "max": 2.0}},
+        {"train": {"num_other": 1, "min": 0.0, "mean": float("nan"), "max": 2.0}},
+    ],
+)  # fmt: skip
+def test_a_manifest_says_of_weights_what_is_known_of_them(tmp_path: Path, weights: object) -> None:
+    shutil.copytree(FIXTURE_3, tmp_path / "copy")
+    path = tmp_path / "copy" / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"loss_weights": weights}))
+    with pytest.raises(DataError, match=r"manifest\.json must be a manifest; got ValueError: loss_weights that are no"):
+        load_manifest(tmp_path / "copy")
+
+
+@pytest.mark.parametrize("schema", [1, 2, 3])
 def test_the_stored_data_sets_can_be_trained_on(tmp_path: Path, schema: int) -> None:
-    """As they are; in schema 2 some conformers have no energy, some no forces, and molecules and crystals share blocks."""
+    """As they are; from schema 2 on some conformers have no energy, some no forces, and molecules and crystals share blocks."""
     folder = FIXTURE.with_name(f"shards_schema_{schema}")
     steps = ("data.batch_size=2", "data.lanes=2", "data.verify=size", "train.num_steps=2", "train.warmup_steps=1")
     settings = make_settings(folder, tmp_path / "run", *steps, "train.validate_every=2", "train.save_every=2")

@@ -64,6 +64,14 @@ def energies(dataset: Path) -> set[float]:
     return read_all_energies(dataset)
 
 
+@pytest.fixture(scope="module")
+def weighted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty conformers with weights from 0 to 1.5 in the loss."""
+    graphs = [dataclasses.replace(g, loss_weight=0.5 * (i % 4)) for i, g in enumerate(make_graphs(40, 700))]
+    splits = {"train": graphs[4:], "validation": graphs[:4]}
+    return write_dataset(tmp_path_factory.mktemp("weighted") / "data", splits, name="weighted")
+
+
 class TestGlobalBatches:
     @pytest.mark.parametrize(("world_size", "micro_batches"), [(1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (4, 1)])
     def test_processes_and_portions_only_divide_them(self, dataset: Path, world_size: int, micro_batches: int) -> None:
@@ -250,6 +258,40 @@ class TestWebDataset:
         assert found == read_energies(dataset)
 
 
+class TestLossWeights:
+    """Weights of conformers times those of data sets, in training; the conformers of a step are those that they are without."""
+
+    @pytest.mark.parametrize("num_workers", [0, 1])
+    def test_training(self, dataset: Path, weighted: Path, num_workers: int) -> None:
+        own = {g.energy: g.loss_weight for g in open_dataset(weighted).iter_graphs("train")}
+        stream = make_stream([dataset, weighted], 0, 1, "data.loss_weights=[3,0.25]")
+        for item in build_loader(stream, range(12), num_workers=num_workers, device=CPU):
+            for batch in item.batches:
+                assert batch.energy is not None
+                expected = [0.25 * own[e] if e in own else 3.0 for e in batch.energy.tolist()]
+                assert batch.loss_weight is not None
+                assert batch.loss_weight.tolist() == expected
+
+    def test_order(self, dataset: Path, weighted: Path) -> None:
+        plain = make_stream([dataset, weighted])
+        for factors in ("[3,0.25]", "[0,1]"):
+            stream = make_stream([dataset, weighted], 0, 1, f"data.loss_weights={factors}")
+            assert get_plan(stream).fingerprint == get_plan(plain).fingerprint
+            for step in range(10):
+                batches = [dataclasses.replace(b, loss_weight=None) for b in stream[step].batches]
+                expected = [dataclasses.replace(b, loss_weight=None) for b in plain[step].batches]
+                assert_same(batches, expected)
+
+    def test_evaluation(self, dataset: Path, weighted: Path) -> None:
+        """Batches have the weights of conformers, as collate() gives them; evaluate() asks for none."""
+        config = make_config("''", "run", f"data.folders=[{dataset},{weighted}]", "data.loss_weights=[3,0.25]")
+        mixture = Mixture.open(config.data, config.model)
+        weights = [b.loss_weight for b in iter_batches(mixture, "validation", batch_size=100, cutoffs=(3.0, 3.0))]
+        assert weights[0] is not None
+        expected = [g.loss_weight for g in mixture.iter_graphs("validation")]
+        assert weights[0].tolist() == expected
+
+
 def test_workers_end_when_the_loader_is_closed(dataset: Path) -> None:
     import multiprocessing
 
@@ -429,3 +471,19 @@ def test_a_shard_that_is_gone_is_looked_for_once(tmp_path: Path, monkeypatch: py
     (tmp_path / "away").rename(folder / shard.file)
     held.load(blocks, skip_damaged=True)
     assert held.table.is_there.all()
+
+
+def test_a_worker_process_that_is_killed(dataset: Path) -> None:
+    """Nothing happens where the training process is; it hears of it when it asks for data, and nothing is left behind."""
+    import multiprocessing
+
+    before = set(multiprocessing.active_children())
+    loader = build_loader(make_stream(dataset), range(1000), num_workers=2, device=CPU)
+    next(loader)
+    worker = next(iter(set(multiprocessing.active_children()) - before))
+    worker.kill()
+    worker.join()  # its signal has come: no error here
+    rule = r"worker processes that prepare step \d+ must stay alive; got DataLoader worker \(pid.*lower data\.num_workers\."
+    with pytest.raises(DataError, match=rule):
+        list(loader)
+    assert set(multiprocessing.active_children()) <= before

@@ -59,6 +59,9 @@ def test_good_structures_pass(make_water) -> None:
         ({"partial_charges": np.array([0, np.nan, 0])}, "partial_charges not finite", "nan or infinity"),
         ({"positions": np.array([[0, 0, 0], [0, 0, 1], [0, 1, 2e4]])}, "positions too far out", "2e+04 Å"),
         ({"cell": np.diag([9, 9, 1e6]), "pbc": np.ones(3, bool)}, "cell too far out", "1e+06 Å"),
+        ({"loss_weight": -0.25}, "loss_weight below zero", "-0.25"),
+        ({"loss_weight": np.inf}, "loss_weight not finite", "nan or infinity"),
+        ({"loss_weight": np.ones(1)}, "loss_weight of wrong shape", "(1,)"),
         ({"stress": np.eye(3)}, "stress without cell", "no cell"),
         (
             {"stress": np.eye(3), "cell": 9 * np.eye(3), "pbc": np.zeros(3, bool)},

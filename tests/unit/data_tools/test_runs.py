@@ -85,7 +85,8 @@ def test_content_tells_structures_apart(graphs) -> None:
         {}, {"group": "x"}, {"energy": None}, {"energy": 0.0}, {"forces": None}, {"forces": np.zeros((3, 3))},
         {"total_charge": 1.0}, {"num_unpaired_electrons": 3.0}, {"dipole": np.zeros(3)}, {"stress": np.zeros((3, 3))},
         {"cell": np.eye(3)}, {"cell": np.eye(3) * (1 + 1e-12)}, {"pbc": np.ones(3, bool)}, {"partial_charges": np.zeros(3)},
-        {"hirshfeld_ratios": np.zeros(3)}, {"atomic_numbers": np.array([8, 1, 2])}, {"positions": np.ones((3, 3))},
+        {"hirshfeld_ratios": np.zeros(3)}, {"loss_weight": 0.0}, {"loss_weight": 0.5},
+        {"atomic_numbers": np.array([8, 1, 2])}, {"positions": np.ones((3, 3))},
     ]  # fmt: skip
     base = dataclasses.replace(graphs[1], dipole=None, partial_charges=None)
     found = {hash_content(dataclasses.replace(base, **change)) for change in changes}

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn.functional import silu
 
-from so3krates_dist.model.attention import EuclideanAttention, HeadProjections, PairGeometry, PairNetwork
+from so3krates_dist.model.attention import EuclideanAttention, HeadProjections, PairGeometry, PairNetwork, compute_in
 from so3krates_dist.model.record import AttentionRecord
 from so3krates_dist.model.spherical import DegreeMaps
 
@@ -31,11 +31,11 @@ def make_pairs(num_pairs: int = 7, seed: int = 0) -> PairGeometry:
     )  # fmt: skip
 
 
-def make_attention(message_scale: float | None = None, low_precision: bool = False) -> EuclideanAttention:
+def make_attention(message_scale: float | None = None) -> EuclideanAttention:
     torch.manual_seed(1)
     attention = EuclideanAttention(
         NUM_FEATURES, NUM_HEADS, DegreeMaps(DEGREES), num_radial_basis=NUM_BASIS, filter_widths=(9, 5),
-        message_scale=message_scale, low_precision=low_precision,
+        message_scale=message_scale,
     )  # fmt: skip
     with torch.no_grad():
         for parameter in attention.parameters():
@@ -176,7 +176,8 @@ def test_head_projections_see_their_own_features_only() -> None:
 
 
 def test_low_precision_is_in_the_products_and_not_in_the_results() -> None:
-    exact, rounded = make_attention().float(), make_attention(low_precision=True).float()
+    exact, rounded = make_attention().float(), make_attention().float()
+    rounded.compute_dtype = torch.bfloat16
     pairs64 = make_pairs()
     pairs = PairGeometry(**{
         name: v.float() if (v := getattr(pairs64, name)).is_floating_point() else v for name in PairGeometry.__slots__
@@ -186,3 +187,24 @@ def test_low_precision_is_in_the_products_and_not_in_the_results() -> None:
         assert ours.dtype == torch.float32
         deviation = float(((ours - theirs).norm() / theirs.norm()).detach())
         assert 1e-4 < deviation < 3e-2
+
+
+def test_a_function_is_computed_in_the_dtype_that_is_asked_for() -> None:
+    network, inputs = PairNetwork(4, 7, 5, 3), torch.randn(6, 4)
+    expected = network(inputs)
+    assert torch.equal(compute_in(None, network, inputs), expected)
+    rounded = compute_in(torch.bfloat16, network, inputs)
+    assert rounded.dtype == torch.bfloat16
+    assert torch.equal(rounded, network.bfloat16()(inputs.bfloat16()))
+    assert not torch.is_autocast_enabled("cpu")
+
+
+def test_changed_weights_are_used_wherever_it_is_called() -> None:
+    """Inside of another autocast torch would keep converted weights until that one ends."""
+    network, inputs = PairNetwork(4, 7, 5, 3), torch.randn(6, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        before = compute_in(torch.bfloat16, network, inputs)
+        with torch.no_grad():
+            network.weight.mul_(2.0)
+        after = compute_in(torch.bfloat16, network, inputs)
+    assert not torch.equal(before, after)

@@ -182,8 +182,8 @@ def test_the_list_keeps_nothing_for_each_pair_and_feature() -> None:
 def test_recomputed_attention_keeps_no_matrices() -> None:
     potential = build_model(dataclasses.replace(SMALL, algorithm="dense", inner_width=64), STATISTICS)
     kept = []
-    for recompute in (False, True):
-        potential.network.checkpoint_attention = recompute  # type: ignore[assignment]
+    for mode in ("none", "blocks"):
+        potential.network.checkpointing = mode  # type: ignore[assignment]
         kept.append(sum(count_kept(potential, make_molecule("C6H6"))))
     assert kept[1] < kept[0] / 2
 

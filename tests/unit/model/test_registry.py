@@ -41,6 +41,11 @@ def edit(file: Path, *path: str, value: Any) -> None:
     file.write_text(json.dumps(content), encoding="utf-8")
 
 
+def find_dtypes(potential: Potential) -> set[torch.dtype | None]:
+    """Return what is set for the parts that may be done coarsely."""
+    return {module.compute_dtype for module in potential.modules() if hasattr(module, "compute_dtype")}
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     save(tmp_path / "model")
@@ -189,9 +194,9 @@ def test_stored_models_of_every_format_load(version: int, name: str, energy: flo
 
 def test_a_copy_for_use_is_the_model_from_its_folder(tmp_path: Path) -> None:
     """In full float64 from a model in float32, in float32 where training was in bf16, and the original as it was."""
-    section = dataclasses.replace(SECTION, precision="bf16")
-    potential = build_model(section, STATISTICS).requires_grad_(True)
-    save_model(tmp_path, section, STATISTICS, potential.state_dict(), {})
+    potential = build_model(SECTION, STATISTICS).requires_grad_(True)
+    potential.set_precision("bf16-mixed")
+    save_model(tmp_path, SECTION, STATISTICS, potential.state_dict(), {})
     for dtype in (torch.float32, torch.float64):
         copied, loaded = change_model(potential, {}, device="cpu", dtype=dtype), load_model(tmp_path, dtype=dtype)
         assert copied.section == loaded.section == SECTION
@@ -204,7 +209,11 @@ def test_a_copy_for_use_is_the_model_from_its_folder(tmp_path: Path) -> None:
     double = make_potential()
     copied = change_model(double, {}, device="cpu", dtype=torch.float64)
     assert all(torch.equal(a, b) for a, b in zip(copied.parameters(), double.parameters(), strict=True))
-    assert potential.section == section
+    assert potential.section == SECTION
+    unnamed = Potential(potential.network, STATISTICS)
+    copied = change_model(unnamed, {}, device="cpu", dtype=torch.float32)
+    assert find_dtypes(copied) == {None}
+    assert find_dtypes(unnamed) == {torch.bfloat16}
 
 
 @pytest.mark.parametrize(
@@ -212,11 +221,11 @@ def test_a_copy_for_use_is_the_model_from_its_folder(tmp_path: Path) -> None:
     [
         (
             "backbone", {"cutoff": 5.0},
-            r"^model\.cutoff must stay as it was in training; only precision may change; got 5\.0\. Leave it out, or train",
+            r"^model\.cutoff must stay as it was in training; got 5\.0\. Leave it out, or train",
         ),
         (
             "so3lr", {"dispersion": False},
-            r"model\.dispersion must stay .* only long_range_cutoff, electrostatics, precision may change; got False",
+            r"model\.dispersion must stay .* only long_range_cutoff, electrostatics may change; got False",
         ),
         ("geomatt", {"grid_end": 4.0}, r"model\.grid_end must stay .* only algorithm may change"),
         ("so3krates", {"parity": False}, r"model\.parity must stay as it was in training; got False"),
@@ -341,13 +350,24 @@ def test_one_missing_and_one_unknown_weight(folder: Path) -> None:
         check_refused(folder, "model.safetensors must hold the weights of config.json; got")
 
 
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+@pytest.mark.parametrize("name", ["euclidean_transformer", "so3lr"])
+def test_models_that_name_a_precision_load(folder: Path, name: str, precision: str, tmp_path: Path) -> None:
+    """Earlier versions wrote it among the model's options. It was for training: loaded models were in float32 then as now."""
+    section = OPTIONS["backbone" if name == "euclidean_transformer" else "so3lr"]
+    potential = make_potential(section, torch.float32)
+    save_model(folder, section, STATISTICS, potential.state_dict(), {"step": 7})
+    edit(folder / "config.json", "model", "precision", value=precision)
+    assert read_model_config(folder)[0] == section
+    loaded = load_model(folder)
+    assert find_dtypes(loaded) == {None}
+    for label, values in compute(potential, make_molecule()).items():
+        assert values.tobytes() == compute(loaded, make_molecule())[label].tobytes(), label
+
+
 def test_every_option_survives_the_config(tmp_path: Path) -> None:
-    section = dataclasses.replace(
-        SECTION, precision="bf16", cutoff_function="cosine", radial_filter_width=10, degrees=(2, 4, 8)
-    )
+    section = dataclasses.replace(SECTION, cutoff_function="cosine", radial_filter_width=10, degrees=(2, 4, 8))
     statistics = ModelStatistics(elements=(1,), energy_baselines={1: -13.6}, energy_scale=0.7, mean_neighbors=1.5)
     save_model(tmp_path, section, statistics, build_model(section, statistics).state_dict(), {})
     assert read_model_config(tmp_path)[:2] == (section, statistics)
     assert isinstance(section, ModelSection)
-    # bf16 is for training: a model that is loaded for use computes in the precision that it is asked for.
-    assert not load_model(tmp_path).network.layers[0].attention.low_precision  # type: ignore[index,union-attr]

@@ -306,14 +306,14 @@ def test_attention_record() -> None:
 
 
 @pytest.mark.parametrize("options", ["local", "normalised"])
-def test_recomputing_the_attention_changes_nothing(options: str) -> None:
+def test_recomputing_the_layers_changes_nothing(options: str) -> None:
     """With the second backward pass that force losses need."""
     statistics = ModelStatistics(elements=(1, 6, 8), energy_baselines={}, energy_scale=1.0, mean_neighbors=1.0)
     network = make_network(OPTIONS[options])
     potential, calls, gradients = Potential(network, statistics).train(), [], []
     network.layers[1].attention.register_forward_pre_hook(lambda *_: calls.append(None))  # type: ignore[union-attr]
-    for recompute in (False, True):
-        network.checkpoint_attention = recompute
+    for mode in ("none", "blocks"):
+        network.checkpointing = mode  # type: ignore[assignment]
         outputs = potential(make_batch([make_molecule()], potential.cutoffs))
         loss = outputs["energy"].square().sum() + outputs["forces"].square().sum()
         gradients.append(torch.autograd.grad(loss, list(potential.parameters())))

@@ -282,3 +282,17 @@ class TestCost:
     )
     def test_the_numbers(self, per_atom: float, per_pair: float, expected: tuple[float, float]) -> None:
         assert normalise_cost(Line(1e-3, per_atom, per_pair)) == expected
+
+
+@pytest.mark.parametrize(("mode", "times"), [("none", 1), ("blocks", 3), ("low_memory", 4)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_passes_are_those_of_the_mode_in_use(mode: Any, times: int, dtype: torch.dtype) -> None:
+    """What is computed again counts; and gradients are left alone whatever the mode."""
+    potential, config = build()
+    potential.to(dtype=dtype).as_network.checkpointing = mode
+    calls = []
+    potential.network.layers[1].register_forward_pre_hook(lambda *_: calls.append(None))  # type: ignore[union-attr, index]
+    bench = budget._Bench(potential, PROBES, config.train, CPU)
+    bench.measure_bytes([0])
+    assert len(calls) == times
+    assert all(weight.grad is None for weight in potential.parameters())

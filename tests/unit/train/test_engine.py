@@ -15,9 +15,10 @@ from so3krates_dist.errors import CheckpointError
 from so3krates_dist.graph import collate
 from so3krates_dist.model.potential import ModelStatistics
 from so3krates_dist.model.registry import build_model
-from so3krates_dist.train.engine import MOMENTS, TrainingEngine, build_deepspeed_config
+from so3krates_dist.train.engine import TrainingEngine, build_deepspeed_config
 
 CPU = torch.device("cpu")
+STAGES = (0, 1, 2, 3)
 STATISTICS = ModelStatistics(
     elements=(10, 18), energy_baselines={10: -3507.25, 18: -14354.5}, energy_scale=0.5, mean_neighbors=3.0
 )
@@ -58,13 +59,20 @@ class TestDeepspeedConfig:
         config = build_deepspeed_config(TrainSection(zero_stage=2), 10)
         assert config["zero_optimization"]["stage"] == 2
 
+    def test_the_optimizer_may_be_offloaded(self) -> None:
+        """And is torch's all the same: DeepSpeed's own has to be compiled."""
+        config = build_deepspeed_config(TrainSection(zero_stage=1, offload_optimizer=True), 10)
+        assert config["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
+        assert config["zero_force_ds_cpu_optimizer"] is False
+        assert "offload_optimizer" not in build_deepspeed_config(TrainSection(), 10)["zero_optimization"]
+
     def test_deepspeed_divides_nothing_by_the_number_of_passes(self) -> None:
         """Which varies from step to step; the loss has been divided by what the whole step has."""
         config = build_deepspeed_config(TrainSection(micro_batches=4), 10)
         assert config["gradient_accumulation_steps"] == 1
 
     def test_deepspeed_takes_it_as_it_is_meant(self, processes: None) -> None:
-        for stage in (0, 1, 2):
+        for stage in STAGES:
             engine = build_engine(f"train.zero_stage={stage}", "train.gradient_clipping=0.0", "train.micro_batches=2")
             inner: Any = engine._engine
             assert inner.zero_optimization_stage() == stage
@@ -82,11 +90,20 @@ class TestDeepspeedConfig:
 
 
 class TestState:
-    def test_its_names_shapes_and_types(self, processes: None) -> None:
-        engine = build_engine("train.zero_stage=2")
+    @pytest.mark.parametrize("stage", STAGES)
+    @pytest.mark.parametrize("optimizer", ["adamw", "amsgrad"])
+    def test_its_names_shapes_and_types(self, processes: None, stage: int, optimizer: str) -> None:
+        engine = build_engine(f"train.zero_stage={stage}", f"train.optimizer={optimizer}")
         state = engine.gather_state()
-        shapes = {n: p.shape for n, p in engine.potential.named_parameters()}
-        expected = {f"{kind}.{n}" for n in shapes for kind in ("weight", *MOMENTS)} | {"optimizer_steps"}
+        model = build_model(make_config("data", "run").model, STATISTICS)
+        shapes = {n: p.shape for n, p in model.named_parameters()}
+        moments = {"adamw": ("exp_avg", "exp_avg_sq"), "amsgrad": ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")}[
+            optimizer
+        ]
+        expected = {f"{kind}.{n}" for n in shapes for kind in ("weight", *moments)} | {"optimizer_steps"}
+        assert {n: t.nbytes for n, t in state.items()} == engine.state_sizes()
+        assert list(state) == list(engine.state_sizes())
+        assert set(engine.gather_state(lambda name: name.startswith("weight."))) == {f"weight.{n}" for n in shapes}
         assert set(state) == expected
         assert state["optimizer_steps"].tolist() == [0]
         for name, tensor in state.items():
@@ -95,7 +112,7 @@ class TestState:
                 assert tensor.dtype == torch.float32
                 assert tensor.is_contiguous()
 
-    @pytest.mark.parametrize("stage", [0, 1, 2])
+    @pytest.mark.parametrize("stage", STAGES)
     def test_it_is_a_copy(self, processes: None, stage: int) -> None:
         engine = build_engine(f"train.zero_stage={stage}")
         state = engine.gather_state()
@@ -126,20 +143,74 @@ class TestState:
                 engine.load_state(less)
 
 
-def test_recomputing_attention_is_switched_where_it_is_asked_for(processes: None) -> None:
-    for choice in (True, False):
-        engine = build_engine(f"train.checkpoint_attention={choice}")
-        assert engine.potential.network.checkpoint_attention is choice
+def test_what_is_computed_again_and_how_is_set(processes: None) -> None:
+    for choice in ("blocks", "none", "low_memory"):
+        engine = build_engine(f"train.activation_checkpointing={choice}", "train.precision=bf16-mixed")
+        assert engine.potential.as_network.checkpointing == choice
+        computed = {m.compute_dtype for m in engine.potential.modules() if hasattr(m, "compute_dtype")}
+        assert computed == {torch.bfloat16}
+        assert engine.dtype == torch.float32
+        assert {p.dtype for p in engine.potential.parameters()} == {torch.float32}
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("name", ["energy", "forces", "dipole"])
+def test_no_output_can_be_differentiated_by_positions(processes: None, stage: int, name: str) -> None:
+    """Forces that are taken from an engine's energies are divided by the number of passes at stage 1, without an error."""
+    settings = [f"train.zero_stage={stage}"]
+    if name == "dipole":
+        options = "num_features=8 num_layers=1 num_heads=2 degrees=[1,2] num_radial_basis=4"
+        settings += ["model.name=so3lr", *(f"model.{option}" for option in options.split())]
+    engine = build_engine(*settings)
+    batch = collate([build_neighbors(g, *engine.potential.cutoffs) for g in make_graphs(2)])
+    batch.positions.requires_grad_(True)
+    output = engine.forward(batch)[name]
+    with pytest.raises(RuntimeError, match="appears to not have been used in the graph"):
+        torch.autograd.grad(output.sum(), batch.positions)
+    engine.discard()
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "blocks"])
+def test_weights_are_in_parts_between_passes_at_stage_3(processes: None, checkpointing: str) -> None:
+    engine = build_engine("train.zero_stage=3", f"train.activation_checkpointing={checkpointing}")
+    batch = collate([build_neighbors(g, 4.0) for g in make_graphs(2)])
+    assert engine.potential.network.embedding.weight.numel() == 0
+    outputs = engine.forward(batch)
+    assert not any(p.numel() for p in engine.potential.parameters())
+    engine.backward(outputs["forces"].square().sum(), is_last=True)
+    assert not any(p.numel() for p in engine.potential.parameters())
+    assert engine.step(1e-2).applied
+    with engine.whole_weights() as weights:
+        assert all(w.numel() for w in weights)
+        assert all(p.numel() for p in engine.potential.parameters())
+    assert not any(p.numel() for p in engine.potential.parameters())
+    assert torch.nn.functional.linear.__module__ != "deepspeed.runtime.zero.linear"
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_weight_without_a_gradient_in_one_step_does_not_get_that_of_the_step_before(
+    processes: None, stage: int
+) -> None:
+    batch = collate([build_neighbors(g, 4.0) for g in make_graphs(2)])
+    engine = build_engine(f"train.zero_stage={stage}", "train.adam_beta1=0", "train.gradient_clipping=0")
+    for label in ("energy", "forces"):  # forces do not depend on the last bias
+        engine.backward(engine.forward(batch)[label].sum(), is_last=True)
+        engine.step(1e-3)
+    assert engine.gather_state()["exp_avg.network.readout.bias"].tolist() == [0.0]
+
+
+@pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("is_last", [False, True])
-def test_gradients_that_were_discarded_leave_no_trace(processes: None, stage: int, is_last: bool) -> None:
+@pytest.mark.parametrize("offload", [False, True])
+def test_gradients_that_were_discarded_leave_no_trace(
+    processes: None, stage: int, is_last: bool, offload: bool
+) -> None:
     """Also where more passes of the step would have followed: stage 2 has put them away by then."""
     batch = collate([build_neighbors(g, 4.0) for g in make_graphs(2)])
     states = []
     for spoil in (False, True):
-        engine = build_engine(f"train.zero_stage={stage}")
+        more = f"train.offload_optimizer={str(offload and stage > 0).lower()}"
+        engine = build_engine(f"train.zero_stage={stage}", more)
         if spoil:
             engine.backward(engine.forward(batch)["energy"].sum(), is_last=is_last)
             engine.discard()
@@ -149,7 +220,7 @@ def test_gradients_that_were_discarded_leave_no_trace(processes: None, stage: in
     assert all(torch.equal(v, states[1][k]) for k, v in states[0].items())
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", STAGES)
 def test_a_step_without_a_last_pass_is_a_mistake(processes: None, stage: int) -> None:
     """DeepSpeed would do nothing at all, and say nothing."""
     batch = collate([build_neighbors(g, 4.0) for g in make_graphs(2)])
@@ -159,7 +230,7 @@ def test_a_step_without_a_last_pass_is_a_mistake(processes: None, stage: int) ->
         engine.step(1e-2)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", STAGES)
 def test_gradients_of_passes_add_up(processes: None, stage: int) -> None:
     """One, two or three passes of the same conformers have the same gradient; steps of each follow each other."""
     graphs = [build_neighbors(g, 4.0) for g in make_graphs(6)]

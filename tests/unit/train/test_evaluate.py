@@ -33,7 +33,8 @@ from so3krates_dist.metrics import METRICS_NAME, Record
 from so3krates_dist.model.potential import ModelStatistics, Potential
 from so3krates_dist.model.registry import build_model, save_model
 from so3krates_dist.train import evaluate as module
-from so3krates_dist.train.evaluate import OTHER, ErrorSums, Evaluation, evaluate, evaluate_run, print_evaluation
+from so3krates_dist.train.error_sums import OTHER, ErrorSums, Evaluation
+from so3krates_dist.train.evaluate import evaluate, evaluate_run, print_evaluation
 
 GROUPS = ("large", "small")
 
@@ -366,6 +367,51 @@ def make_ions() -> list[Graph]:
         )
         for number, graph in enumerate(make_graphs(4))
     ]
+
+
+def test_weights_in_the_loss_play_no_part(graphs: list[Graph]) -> None:
+    weighted = [dataclasses.replace(g, loss_weight=0.5 * i) for i, g in enumerate(graphs)]
+    assert make_batches(weighted)[1].loss_weight is not None
+    assert run_evaluation(weighted) == run_evaluation(graphs)
+
+
+def test_partial_charges(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Compared atom by atom where there are labels; in the file, the table and a picture."""
+    ions, rng = make_ions(), np.random.default_rng(5)
+    for ion in ions[:3]:
+        ion.partial_charges = rng.normal(size=ion.num_atoms).astype(np.float32)
+    potential = make_so3lr()
+    errors = []
+    for ion in ions[:3]:
+        outputs = potential(collate([build_neighbors(ion, *potential.cutoffs)], torch.float64))
+        errors.append(outputs["partial_charges"].detach().numpy() - ion.partial_charges)
+    expected = np.concatenate(errors)
+    batches = [collate([build_neighbors(g, *potential.cutoffs) for g in ions], torch.float64)]
+    evaluation = evaluate(potential, batches, device="cpu", keep_samples=True)
+    assert evaluation.overall.partial_charges.count == len(expected)
+    assert evaluation.summary()["partial_charges_mae"] == pytest.approx(np.abs(expected).mean(), rel=1e-9)
+    assert evaluation.summary()["partial_charges_rmse"] == pytest.approx(np.sqrt((expected**2).mean()), rel=1e-9)
+    assert evaluation.samples is not None
+    labels, predicted = evaluation.samples.partial_charges
+    np.testing.assert_allclose((predicted - labels)[: len(expected)], expected, rtol=1e-9)
+    assert np.isnan(labels[len(expected) :]).all()
+    without = evaluate(make_morse().double(), batches, device="cpu", keep_samples=True)
+    assert "partial_charges_mae" not in without.summary(), "it has no such output"
+    assert without.samples is not None
+    assert np.isnan(without.samples.partial_charges[1]).all()
+
+    data = write_dataset(tmp_path / "data", {"train": ions, "test": ions})
+    run = save_run(tmp_path / "run", data, SO3LR, STATISTICS)
+    assert module.run(parse(run, "--device", "cpu")) == 0
+    assert "partial charge (me)" in capsys.readouterr().out
+    content = json.loads((run / "evaluation/test.json").read_text())
+    assert content["units"]["partial_charges"] == "e"
+    assert content["summary"]["partial_charges_mae"] > 0
+    with Image.open(run / "evaluation/parity_partial_charges.png") as picture:
+        assert picture.size[0] > 100
+    other = save_run(tmp_path / "other", data, GeomAttSection(num_layers=1, num_features=8, inner_width=8), STATISTICS)
+    assert module.run(parse(other, "--device", "cpu")) == 0
+    assert not (other / "evaluation/parity_partial_charges.png").exists()
 
 
 def test_dipoles_and_hirshfeld_ratios() -> None:

@@ -38,7 +38,7 @@ def test_settings_are_those_of_the_schema():
     )  # fmt: skip
     assert settings["model.degrees"].type == "[int, ...]"
     assert settings["model.degrees"].default == "[1, 2, 3, 4]"
-    assert settings["train.checkpoint_attention"].default == "false"
+    assert settings["train.offload_optimizer"].default == "false"
     assert settings["run.folder"].default == '""'
     assert settings["metrics.wandb"].type == "off | auto | offline | online"
     assert settings["model.cutoff"].text.startswith("Å; ")
@@ -130,6 +130,10 @@ def test_the_plan_of_a_run_is_described(run_folder):
     rows = dict(info.describe_run(run_folder))
     assert rows["plan from step 0"] == "100 % a; 8 lanes"
     assert rows["plan from step 340"] == "62.5 % a, 37.5 % b; 8 lanes"
+    content["segments"][1]["loss_weights"] = [0.5, 2]
+    (run_folder / "plan.json").write_text(json.dumps(content))
+    rows = dict(info.describe_run(run_folder))
+    assert rows["plan from step 340"] == "62.5 % a, 37.5 % b; loss weights 0.5, 2; 8 lanes"
     assert rows["measured limits"] == "max_atoms 900, max_pairs 2e+04"
     (run_folder / "plan.json").write_text('{"segments": [3]}')
     with pytest.raises(CheckpointError, match=r"plan\.json must be a plan; got TypeError: .*\. Restore the file"):

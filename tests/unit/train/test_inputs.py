@@ -128,6 +128,15 @@ class TestFirstChecks:
         ):
             open_data(make_config("''", tmp_path, f"data.folders=[{dataset},{data}]"))
 
+    def test_a_plateau_of_nothing(self, tmp_path: Path) -> None:
+        data = write_dataset(tmp_path / "data", {"train": make_graphs(6)})
+        open_data(make_config(data, tmp_path))
+        with pytest.raises(
+            ConfigError,
+            match=r"^train\.schedule must be another schedule than plateau without a validation split; got plateau\.",
+        ):
+            open_data(make_config(data, tmp_path, "train.schedule=plateau"))
+
     def test_hashes_are_compared_where_that_is_asked_for(self, tmp_path: Path) -> None:
         from interruptions import flip_byte
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import types
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,6 @@ import torch
 from analytic import label, make_cluster, make_morse, write_dataset
 from training_setup import make_config, make_dataset, make_graphs, make_settings, run_processes, train
 
-from so3krates_dist.config import TrainSection
 from so3krates_dist.data.stream import StepData, iter_batches
 from so3krates_dist.distributed import Rank
 from so3krates_dist.errors import EXIT_DONE, DataError
@@ -19,11 +19,16 @@ from so3krates_dist.graph import Graph, collate
 from so3krates_dist.metrics import read_metrics
 from so3krates_dist.model.potential import ModelStatistics
 from so3krates_dist.model.registry import build_model, load_model
-from so3krates_dist.train import loop
+from so3krates_dist.train import loop, run_state
 from so3krates_dist.train.checkpoint import TrainingState
+from so3krates_dist.train.context import RunContext
 from so3krates_dist.train.evaluate import evaluate
+from so3krates_dist.train.guard import StepGuard
 from so3krates_dist.train.inputs import open_data
-from so3krates_dist.train.loop import Training, compute_score
+from so3krates_dist.train.loop import Training
+from so3krates_dist.train.optim import Plateau
+from so3krates_dist.train.progress import Progress
+from so3krates_dist.train.run_state import RunState
 
 
 def run_to_the_end(dataset: Path, run: Path, *settings: str) -> Path:
@@ -55,12 +60,22 @@ class TestWhatARunLeaves:
     def test_its_folder(self, run: Path) -> None:
         names = {str(p.relative_to(run)) for p in run.rglob("*") if p.is_file()}
         checkpoints = {
-            f"checkpoints/step_{s:08d}/{n}" for s in (10, 12) for n in ("manifest.json", "state.safetensors")
+            f"checkpoints/step_{s:08d}/{n}"
+            for s in (10, 12)
+            for n in ("manifest.json", "state-00000-of-00001.safetensors")
         }
-        models = {f"{folder}{n}" for folder in ("", "last/") for n in ("model.safetensors", "config.json")}
+        models = {f"{folder}{n}" for folder in ("", "last/", "last_raw/") for n in ("model.safetensors", "config.json")}
         assert (
             names
-            == {".lock", "config.yaml", "run.json", "plan.json", "metrics.jsonl", "checkpoints/latest"}
+            == {
+                ".lock",
+                ".lock-owner.json",
+                "config.yaml",
+                "run.json",
+                "plan.json",
+                "metrics.jsonl",
+                "checkpoints/latest",
+            }
             | checkpoints
             | models
         )
@@ -103,17 +118,31 @@ class TestBestModel:
         evaluation = types.SimpleNamespace(summary=lambda: next(figures))
         monkeypatch.setattr(loop, "evaluate", lambda *_, **__: evaluation)
         monkeypatch.setattr(loop, "iter_batches", lambda *_, **__: ())
-        monkeypatch.setattr(Training, "save_model", lambda _, __, step: saved.append(step))
+        monkeypatch.setattr(RunState, "export_best", lambda state: saved.append(state.progress.step))
+        config = make_config("data", "run", "train.proof=false")
+        mixture: Any = types.SimpleNamespace(num_conformers=lambda _: 4, held_out="a")
+        metrics: Any = types.SimpleNamespace(log=lambda *_: None, message=lambda _: None)
+        folder: Any = types.SimpleNamespace(path=Path("run"))
         training = object.__new__(Training)
-        training.config, training.rank, training.best_score = make_config("data", "run"), Rank(), float("inf")
-        training.path, training.device = Path("run"), torch.device("cpu")
-        mixture = types.SimpleNamespace(num_conformers=lambda _: 4, held_out="a")
-        training.mixture = mixture  # type: ignore[assignment]
-        training.metrics = types.SimpleNamespace(log=lambda *_: None, message=lambda _: None)  # type: ignore[assignment]
-        potential = types.SimpleNamespace(cutoffs=(4.0, 4.0))
-        training.mean = types.SimpleNamespace(potential=potential, load_state=lambda _: None)  # type: ignore[assignment]
-        training.engine = types.SimpleNamespace(load_state=lambda _: None)  # type: ignore[assignment]
+        training.config, training.section, training.rank = config, config.train, Rank()
+        training.device, training.mixture, training.metrics = torch.device("cpu"), mixture, metrics
+        state = object.__new__(RunState)
+        state._context = RunContext(config, Rank(), training.device, mixture, folder, metrics)
+        potential: Any = types.SimpleNamespace(cutoffs=(4.0, 4.0))
+        state.mean = types.SimpleNamespace(potential=potential, load_state=lambda _: None)  # type: ignore[assignment]
+        state.engine = types.SimpleNamespace(load_state=lambda _: None)  # type: ignore[assignment]
+        state.guard, state.plateau, state.progress = StepGuard(config.train), Plateau(config.train), Progress()
+        training.state = state
         return training
+
+    def validate(self, training: Training, step: int) -> None:
+        training.state.progress.step = step
+        training.validate()
+
+    def resume(self, monkeypatch: pytest.MonkeyPatch, training: Training, progress: Progress) -> None:
+        stored = TrainingState(progress=progress.to_json(), tensors={})
+        monkeypatch.setattr(run_state, "load_checkpoint", lambda _: stored)
+        training.state.resume(Path("checkpoint"))
 
     @pytest.mark.parametrize("forces", [True, False])
     def test_it_is_the_one_of_least_error_not_the_latest(self, monkeypatch: pytest.MonkeyPatch, forces: bool) -> None:
@@ -125,35 +154,18 @@ class TestBestModel:
         saved: list[int] = []
         training = self.make(monkeypatch, summaries, saved)
         for step in range(1, 6):
-            training.validate(step)
+            self.validate(training, step)
         assert saved == [1, 2, 4]
-        assert training.best_score == 0.2
-
-    @pytest.mark.parametrize(
-        ("weights", "expected"),
-        [
-            ((1.0, 1.0, 0.0, 0.0), 0.3),
-            ((1.0, 0.0, 0.0, 0.0), 0.1),
-            ((0.0, 0.0, 1.0, 0.0), 0.5),
-            ((0.0, 0.0, 1.0, 1.0), 0.5),
-            ((0.0, 0.0, 0.0, 1.0), 0.7),
-        ],
-    )
-    def test_it_is_chosen_by_what_is_trained(self, weights: tuple[float, ...], expected: float) -> None:
-        names = ("energy_weight", "forces_weight", "dipole_weight", "hirshfeld_weight")
-        section = dataclasses.replace(TrainSection(), **dict(zip(names, weights, strict=True)))
-        errors = {"energy_mae_per_atom": 0.1, "forces_mae": 0.3, "dipole_mae": 0.5, "hirshfeld_ratios_mae": 0.7}
-        assert compute_score(errors, section) == expected
+        assert training.state.progress.best_score == 0.2
 
     def test_a_run_of_an_earlier_version_goes_on(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """They stored minus the step in place of the error: the next evaluation counts as the best."""
         saved: list[int] = []
         training = self.make(monkeypatch, [{"forces_mae": 0.4}, {"forces_mae": 0.6}], saved)
-        state = TrainingState(step=7, best_score=-7.0, tensors={})
-        monkeypatch.setattr(loop, "load_checkpoint", lambda _: state)
-        assert training.resume("checkpoint") == 7
-        training.validate(8)
-        training.validate(9)
+        self.resume(monkeypatch, training, Progress(step=7, applied=7, data_step=7, best_score=-7.0))
+        assert training.state.progress.step == 7
+        self.validate(training, 8)
+        self.validate(training, 9)
         assert saved == [8]
 
     @pytest.mark.parametrize(("scored_on", "best"), [("a", []), ("", []), ("b", [8]), ("a b", [8])])
@@ -163,11 +175,10 @@ class TestBestModel:
         """Data sets that are harder to learn came in with a rebase: no later model would ever be the best."""
         saved: list[int] = []
         training = self.make(monkeypatch, [{"forces_mae": 0.4}, {"forces_mae": 0.6}], saved)
-        state = TrainingState(step=7, best_score=0.3, scored_on=scored_on, tensors={})
-        monkeypatch.setattr(loop, "load_checkpoint", lambda _: state)
-        training.resume("checkpoint")
-        training.validate(8)
-        training.validate(9)
+        progress = Progress(step=7, applied=7, data_step=7, best_score=0.3, scored_on=scored_on)
+        self.resume(monkeypatch, training, progress)
+        self.validate(training, 8)
+        self.validate(training, 9)
         assert saved == best
 
 
@@ -202,7 +213,7 @@ class TestUnusualData:
         records = [r for r in read_metrics(run / "metrics.jsonl") if r["kind"] == "train"]
         assert all(r["skipped_steps"] == 0 for r in records)
 
-    @pytest.mark.parametrize("stage", [0, 1, 2])
+    @pytest.mark.parametrize("stage", [0, 1, 2, 3])
     def test_stress_with_portions_that_are_empty(self, tmp_path: Path, stage: int) -> None:
         graphs = [make_periodic(s) for s in range(8)]
         data = write_dataset(tmp_path / "data", {"train": graphs, "validation": graphs[:2]})
@@ -221,9 +232,10 @@ class TestUnusualData:
         assert all(np.isfinite(r["loss"]) and r["skipped_steps"] == 0 for r in records)
         assert (run / "model.safetensors").is_file()
 
-    def test_bf16(self, dataset: Path, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("precision", ["bf16-mixed", "float64"])
+    def test_another_precision(self, dataset: Path, tmp_path: Path, precision: str) -> None:
         run = tmp_path / "run"
-        run_to_the_end(dataset, run, "train.num_steps=8", "model.precision=bf16")
+        run_to_the_end(dataset, run, "train.num_steps=8", f"train.precision={precision}", "train.zero_stage=0")
         records = [r for r in read_metrics(run / "metrics.jsonl") if r["kind"] == "train"]
         assert all(np.isfinite(r["loss"]) and r["skipped_steps"] == 0 for r in records)
 
@@ -258,20 +270,20 @@ MOLECULE = np.zeros(3, bool)
     ids=["charged crystal", "neutral", "charged molecule"],
 )
 def test_charged_crystals_are_noted_where_the_data_must_have_some(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], graphs: list[Graph], count: int
+    tmp_path: Path, graphs: list[Graph], count: int
 ) -> None:
     """The manifest counts charged and periodic structures: of two, if both are crystals, a charged one is one of them."""
     data = write_dataset(tmp_path / "data", {"train": graphs})
     config = make_config(data, tmp_path, "model.name=so3lr", "model.num_features=8", "model.num_heads=2")
     mixture = open_data(config)
     potential = build_model(config.model, ModelStatistics.from_manifest(mixture.statistics, config.model))
-    training = types.SimpleNamespace(
-        config=config, mixture=mixture, rank=Rank(), device=torch.device("cpu"),
-        mean=types.SimpleNamespace(potential=potential), engine=types.SimpleNamespace(potential=potential),
-        metrics=types.SimpleNamespace(message=print),
-    )  # fmt: skip
-    Training.announce(training, 0, ())  # type: ignore[arg-type]
-    assert capsys.readouterr().out.count("note: there are charged periodic structures") == count
+    folder: Any = types.SimpleNamespace(path=tmp_path)
+    metrics: Any = types.SimpleNamespace(message=print)
+    context = RunContext(config, Rank(), torch.device("cpu"), mixture, folder, metrics)
+    found = [
+        line for line in context.describe(potential) if line.startswith("note: there are charged periodic structures")
+    ]
+    assert len(found) == count
 
 
 class TestDamage:
@@ -281,7 +293,9 @@ class TestDamage:
         training = object.__new__(Training)
         training.config = make_config("data", "run", "data.on_damage=skip", f"data.max_skipped={most}")
         training.device, training.rank = torch.device("cpu"), Rank()
-        training.num_skipped, training.complaints = 0, set()
+        training.num_left_out, training.complaints = 0, set()
+        writer = types.SimpleNamespace(flags=lambda: (0.0, 0.0), settle=lambda *_: None)
+        training.state = types.SimpleNamespace(writer=writer)  # type: ignore[assignment]
         self.said: list[str] = []
         training.metrics = types.SimpleNamespace(message=self.said.append)  # type: ignore[assignment]
         return training
@@ -290,11 +304,10 @@ class TestDamage:
         training = self.make(10)
         for skipped in (2, 3):
             data = StepData([collate([])], skipped, ("a.tar:a-000000 must have the CRC 1; got 2.",))
-            counts, stopping = training.agree(data, None, stop_pending=False)
-            assert (counts[-1], stopping) == (0.0, False)
-        assert training.num_skipped == 5
+            agreed = training.agree(data, None, stop_pending=False)
+            assert (agreed.conformers, agreed.stopping) == (0.0, False)
+        assert training.num_left_out == 5
         assert self.said == ["left out: a.tar:a-000000 must have the CRC 1; got 2."]
-        assert training.detail({"a": 0.5}) == {"skipped_conformers": 5}
 
     def test_over_the_budget(self) -> None:
         training = self.make(4)

@@ -1,4 +1,7 @@
-"""The loss: an exact mean over all labels of the global batch, however they are divided; missing labels count nothing."""
+"""The loss: an exact mean over all labels of the global batch, however they are divided; missing labels count nothing.
+
+Its kinds and its laws with real models are in test_loss_kinds.py.
+"""
 
 import dataclasses
 import math
@@ -18,11 +21,14 @@ from so3krates_dist.data.neighbors import build_neighbors
 from so3krates_dist.data.passes import Limits
 from so3krates_dist.data.stream import TrainingStream
 from so3krates_dist.graph import ATOMIC_MASSES, Graph, GraphBatch, collate
-from so3krates_dist.train.losses import compute_loss, count_labels, shift_dipoles
+from so3krates_dist.train.losses import compute_loss, compute_weights, count_labels, shift_dipoles
 from so3krates_dist.train.planning import build_schedule
 
 SECTION = TrainSection(energy_weight=0.7, forces_weight=1.3)
+WEIGHTS = compute_weights(0, SECTION)
 SCALE = 1.7
+NONE = [0.0] * 4
+"""Labels of the kinds that these conformers have not"""
 
 
 def make_batch(graphs: list[Graph]) -> GraphBatch:
@@ -42,7 +48,7 @@ def predict(batch: GraphBatch) -> dict[str, torch.Tensor]:
 
 def compute(graphs: list[Graph], counts: list[float] | None = None) -> tuple[float, list[float]]:
     batch = make_batch(graphs)
-    loss, sums = compute_loss(predict(batch), batch, counts or count_labels(batch), SECTION, SCALE)
+    loss, sums = compute_loss(predict(batch), batch, counts or count_labels(batch), SECTION, WEIGHTS, SCALE)
     return float(loss.detach()), sums.tolist()
 
 
@@ -54,7 +60,7 @@ class TestGlobalMean:
         energy_errors = torch.full((4,), 0.1)
         force_errors = 0.2 * batch.positions
         expected = 0.7 * (energy_errors / SCALE).square().mean() + 1.3 * (force_errors / SCALE).square().mean()
-        loss, sums = compute_loss(outputs, batch, count_labels(batch), SECTION, SCALE)
+        loss, sums = compute_loss(outputs, batch, count_labels(batch), SECTION, WEIGHTS, SCALE)
         assert float(loss.detach()) == pytest.approx(float(expected), rel=1e-7)
         assert sums.tolist() == pytest.approx([0.4, float(force_errors.abs().sum())])
 
@@ -75,7 +81,7 @@ class TestGlobalMean:
 
     def test_counts(self) -> None:
         graphs = make_graphs(4)
-        assert count_labels(make_batch(graphs)) == [4.0, 3.0 * sum(g.num_atoms for g in graphs), 0.0, 0.0, 0.0]
+        assert count_labels(make_batch(graphs)) == [4.0, 3.0 * sum(g.num_atoms for g in graphs), *NONE]
 
 
 class TestMissingLabels:
@@ -84,15 +90,9 @@ class TestMissingLabels:
         graphs[1].energy = None
         graphs[2].forces = None
         batch = make_batch(graphs)
-        assert count_labels(batch) == [
-            3.0,
-            3.0 * sum(g.num_atoms for i, g in enumerate(graphs) if i != 2),
-            0.0,
-            0.0,
-            0.0,
-        ]
+        assert count_labels(batch) == [3.0, 3.0 * sum(g.num_atoms for i, g in enumerate(graphs) if i != 2), *NONE]
         outputs = predict(batch)
-        loss, sums = compute_loss(outputs, batch, count_labels(batch), SECTION, SCALE)
+        loss, sums = compute_loss(outputs, batch, count_labels(batch), SECTION, WEIGHTS, SCALE)
         loss.backward()
         assert math.isfinite(float(loss.detach()))
         assert torch.isfinite(sums).all()
@@ -109,7 +109,7 @@ class TestMissingLabels:
         batch = make_batch(graphs)
         assert count_labels(batch)[0] == 0.0
         outputs = {"energy": torch.zeros(3).double(), "forces": torch.zeros_like(batch.positions, requires_grad=True)}
-        loss, sums = compute_loss(outputs, batch, count_labels(batch), SECTION, SCALE)
+        loss, sums = compute_loss(outputs, batch, count_labels(batch), SECTION, WEIGHTS, SCALE)
         assert math.isfinite(float(loss.detach()))
         assert sums[0] == 0
 
@@ -121,14 +121,14 @@ class TestMissingLabels:
         graphs[0].forces[0, 0] = value
         batch = make_batch(graphs)
         assert count_labels(batch)[1] == 3.0 * len(batch.atomic_numbers)
-        loss, _ = compute_loss(predict(batch), batch, count_labels(batch), SECTION, SCALE)
+        loss, _ = compute_loss(predict(batch), batch, count_labels(batch), SECTION, WEIGHTS, SCALE)
         assert not math.isfinite(float(loss.detach()))
 
     def test_a_prediction_that_is_nan_shows(self) -> None:
         batch = make_batch(make_graphs(2))
         outputs = predict(batch)
         outputs["forces"] = outputs["forces"] * math.nan
-        loss, _ = compute_loss(outputs, batch, count_labels(batch), SECTION, SCALE)
+        loss, _ = compute_loss(outputs, batch, count_labels(batch), SECTION, WEIGHTS, SCALE)
         assert math.isnan(float(loss.detach()))
 
 
@@ -136,7 +136,7 @@ class TestNothing:
     def test_an_empty_batch_takes_part_with_nothing(self) -> None:
         potential = make_morse().train().requires_grad_(True)
         batch = collate([], torch.float32)
-        loss, sums = compute_loss(potential(batch), batch, [4.0, 60.0, 0.0], SECTION, SCALE)
+        loss, sums = compute_loss(potential(batch), batch, [4.0, 60.0, *NONE], SECTION, WEIGHTS, SCALE)
         loss.backward()
         assert float(loss.detach()) == 0.0
         assert sums.tolist() == [0.0, 0.0]
@@ -148,7 +148,7 @@ class TestNothing:
         for energy, forces in ((0.0, 1.0), (1.0, 0.0)):
             section = TrainSection(energy_weight=energy, forces_weight=forces)
             outputs = predict(batch)
-            loss, _ = compute_loss(outputs, batch, count_labels(batch), section, SCALE)
+            loss, _ = compute_loss(outputs, batch, count_labels(batch), section, compute_weights(0, section), SCALE)
             loss.backward()
             assert (outputs["energy"].grad is None) == (energy == 0.0)
             assert (outputs["forces"].grad is None) == (forces == 0.0)
@@ -191,7 +191,7 @@ def test_stress_is_compared_in_its_own_unit() -> None:
     section = TrainSection(energy_weight=0.0, forces_weight=0.0, stress_weight=0.5)
     outputs = predict(batch) | {"stress": torch.zeros(2, 3, 3, dtype=torch.float64)}
     assert count_labels(batch)[2] == 18.0
-    loss, _ = compute_loss(outputs, batch, count_labels(batch), section, SCALE)
+    loss, _ = compute_loss(outputs, batch, count_labels(batch), section, compute_weights(0, section), SCALE)
     assert float(loss.detach()) == pytest.approx(0.5 * 3 / 18)
 
 
@@ -203,12 +203,13 @@ def test_energies_of_large_systems_are_compared_in_float64() -> None:
         "energy": torch.tensor([-1e6 + 1e-3], dtype=torch.float64, requires_grad=True),
         "forces": torch.zeros(4, 3, requires_grad=True),
     }
-    _, sums = compute_loss(outputs, batch, count_labels(batch), SECTION, SCALE)
+    _, sums = compute_loss(outputs, batch, count_labels(batch), SECTION, WEIGHTS, SCALE)
     assert float(sums[0]) == pytest.approx(1e-3 / 4, rel=1e-6)
 
 
 class TestDipolesAndHirshfeldRatios:
     SECTION = TrainSection(energy_weight=0.0, forces_weight=0.0, dipole_weight=0.5, hirshfeld_weight=2.0)
+    WEIGHTS = compute_weights(0, SECTION)
 
     def make(self, charges: tuple[float, ...] = (0.0, 1.0, -2.0)) -> list[Graph]:
         rng = np.random.default_rng(5)
@@ -247,8 +248,8 @@ class TestDipolesAndHirshfeldRatios:
             squares.append((charges @ (graph.positions - centre) - graph.dipole) ** 2)
         ratios = np.concatenate([g.hirshfeld_ratios for g in graphs])
         expected = 0.5 * np.mean(squares) + 2.0 * np.mean((outputs["hirshfeld_ratios"].detach().numpy() - ratios) ** 2)
-        assert count_labels(batch)[3:] == [9.0, float(len(ratios))]
-        loss, _ = compute_loss(outputs, batch, count_labels(batch), self.SECTION, SCALE)
+        assert count_labels(batch)[3:] == [9.0, 0.0, float(len(ratios))]
+        loss, _ = compute_loss(outputs, batch, count_labels(batch), self.SECTION, self.WEIGHTS, SCALE)
         assert float(loss.detach()) == pytest.approx(float(expected), rel=1e-10)
 
     def test_where_the_coordinates_begin_does_not_matter(self) -> None:
@@ -259,7 +260,9 @@ class TestDipolesAndHirshfeldRatios:
             moved = dataclasses.replace(batch, positions=batch.positions + shift)
             moment = outputs["charges"][:, None] * moved.positions
             outputs["dipole"] = torch.zeros(3, 3).double().index_add(0, batch.graph_index, moment)
-            losses.append(float(compute_loss(outputs, moved, count_labels(batch), self.SECTION, SCALE)[0].detach()))
+            losses.append(
+                float(compute_loss(outputs, moved, count_labels(batch), self.SECTION, self.WEIGHTS, SCALE)[0].detach())
+            )
         assert losses[1] == pytest.approx(losses[0], rel=1e-10)
 
     def test_dipoles_of_molecules_stay_as_they_are(self) -> None:
@@ -274,7 +277,9 @@ class TestDipolesAndHirshfeldRatios:
 
         def compute(part: list[Graph], counts: list[float]) -> float:
             batch = make_batch(part)
-            return float(compute_loss(self.predict(batch), batch, counts, self.SECTION, SCALE)[0].detach())
+            return float(
+                compute_loss(self.predict(batch), batch, counts, self.SECTION, self.WEIGHTS, SCALE)[0].detach()
+            )
 
         counts = count_labels(make_batch(graphs))
         assert counts[3] == 6.0
@@ -286,7 +291,7 @@ class TestDipolesAndHirshfeldRatios:
         graphs = make_graphs(2)
         batch = make_batch(graphs)
         outputs = self.predict(batch)
-        compute_loss(outputs, batch, [0.0, 0.0, 0.0, 3.0, 9.0], self.SECTION, SCALE)[0].backward()
+        compute_loss(outputs, batch, [0.0, 0.0, 0.0, 3.0, 0.0, 9.0], self.SECTION, self.WEIGHTS, SCALE)[0].backward()
         for name in ("charges", "hirshfeld_ratios"):
             gradient = outputs[name].grad
             assert gradient is not None

@@ -1,17 +1,21 @@
 """Optimizer, learning rate and the mean of the weights."""
 
 import itertools
+import json
 import math
+from typing import Any
 
 import pytest
 import torch
+from structures import make_potential
 from torch import nn
 from training_setup import make_config
 
 from so3krates_dist.config import TrainSection
+from so3krates_dist.errors import CheckpointError
 from so3krates_dist.model.potential import ModelStatistics, Potential
 from so3krates_dist.model.registry import build_model
-from so3krates_dist.train.optim import WeightMean, build_optimizer, compute_learning_rate
+from so3krates_dist.train.optim import Plateau, WeightMean, build_optimizer, compute_learning_rate, scale_layers
 
 STATISTICS = ModelStatistics(elements=(1,), energy_baselines={1: -13.6}, energy_scale=2.0, mean_neighbors=3.0)
 
@@ -37,9 +41,115 @@ class TestOptimizer:
         assert all(n.endswith("bias") or "norm" in n or "embedding" in n for n in rest), rest
 
     def test_settings_arrive(self, potential: Potential) -> None:
-        section = TrainSection(adam_beta1=0.8, adam_beta2=0.95, learning_rate=3e-4)
+        section = TrainSection(adam_beta1=0.8, adam_beta2=0.95, learning_rate=3e-4, adam_epsilon=1e-6)
         for group in build_optimizer(potential, section).param_groups:
-            assert (group["betas"], group["lr"]) == ((0.8, 0.95), 3e-4)
+            assert (group["betas"], group["lr"], group["eps"]) == ((0.8, 0.95), 3e-4, 1e-6)
+            assert not group["amsgrad"]
+            assert group["lr_scale"] == 1.0
+
+    @pytest.mark.parametrize("name", ["adamw", "amsgrad"])
+    def test_its_steps_are_those_of_the_formula(self, name: Any) -> None:
+        """Written plainly in float64, with gradients that shrink: only there the two differ."""
+        section = TrainSection(optimizer=name, weight_decay=0.1, learning_rate=1e-2, adam_epsilon=1e-7)
+        network = nn.Linear(3, 2).double()
+        optimizer = build_optimizer(network, section)
+        torch.manual_seed(0)
+        expected = {n: p.detach().clone() for n, p in network.named_parameters()}
+        mean = {n: torch.zeros_like(p) for n, p in expected.items()}
+        square, largest = ({n: torch.zeros_like(p) for n, p in expected.items()} for _ in range(2))
+        beta1, beta2 = section.adam_beta1, section.adam_beta2
+        for step in range(1, 40):
+            for parameter_name, parameter in network.named_parameters():
+                parameter.grad = gradient = torch.randn_like(parameter) * 0.8**step
+                weight = expected[parameter_name]
+                weight *= 1 - section.learning_rate * (section.weight_decay if parameter_name == "weight" else 0.0)
+                mean[parameter_name] = beta1 * mean[parameter_name] + (1 - beta1) * gradient
+                square[parameter_name] = beta2 * square[parameter_name] + (1 - beta2) * gradient**2
+                largest[parameter_name] = torch.maximum(largest[parameter_name], square[parameter_name])
+                used = (largest if name == "amsgrad" else square)[parameter_name] / (1 - beta2**step)
+                weight -= section.learning_rate * mean[parameter_name] / (1 - beta1**step) / (used.sqrt() + 1e-7)
+            optimizer.step()
+        for parameter_name, parameter in network.named_parameters():
+            torch.testing.assert_close(parameter.detach(), expected[parameter_name], rtol=1e-12, atol=1e-14)
+
+    def test_amsgrad_is_torchs(self) -> None:
+        """To rounding: ours is the fused one."""
+        results = []
+        for build in (
+            lambda n: build_optimizer(n, TrainSection(optimizer="amsgrad", learning_rate=1e-2)),
+            lambda n: torch.optim.AdamW(
+                n.parameters(), lr=1e-2, betas=(0.9, 0.99), weight_decay=0.0, amsgrad=True, foreach=False
+            ),
+        ):
+            torch.manual_seed(0)
+            network = nn.Linear(5, 4).double()
+            optimizer = build(network)
+            for step in range(50):
+                for parameter in network.parameters():
+                    parameter.grad = torch.randn_like(parameter) * 0.8**step
+                optimizer.step()
+            results.append([p.detach() for p in network.parameters()])
+            assert all("max_exp_avg_sq" in optimizer.state[p] for p in network.parameters())
+        for ours, torchs in zip(*results, strict=True):
+            torch.testing.assert_close(ours, torchs, rtol=1e-12, atol=1e-14)
+
+
+LAYERED = {
+    "backbone": (2, "embedding.weight", "layers.{}.", "readout.weight"),
+    "so3krates": (2, "embedding.weight", "layers.{}.", "readout.weight"),
+    "so3lr": (2, "charge_embedding.values.weight", "layers.{}.", "hirshfeld_head.queries.weight"),
+    "geomatt": (2, "embedding.weight", "streams.1.values.{}.", "readout.bias"),
+    "geomatt_envelope": (2, "embedding.weight", "streams.1.values.{}.", "readout.bias"),
+}
+"""Layers of the models of the tests, and names of weights"""
+
+
+class TestLayerDecay:
+    @pytest.mark.parametrize("name", LAYERED)
+    def test_each_layer_learns_more_slowly_than_the_next(self, name: str) -> None:
+        potential = make_potential(name)
+        num_layers, embedding, layer, head = LAYERED[name]
+        section = TrainSection(layer_decay=0.5, weight_decay=0.1, learning_rate=1e-3)
+        names = {id(p): n for n, p in potential.named_parameters()}
+        scales: dict[str, float] = {}
+        for group in build_optimizer(potential, section).param_groups:
+            assert group["lr"] == 1e-3 * group["lr_scale"]
+            assert group["params"]
+            scales |= {names[id(p)]: group["lr_scale"] for p in group["params"]}
+        assert scales.keys() == set(names.values())
+        assert scales[f"network.{head}"] == 1.0
+        assert scales[f"network.{embedding}"] == 0.5 ** (num_layers + 1)
+        for number in range(num_layers):
+            own = {s for n, s in scales.items() if layer.format(number) in n}
+            assert own == {0.5 ** (num_layers - number)}
+        stacked = {s for n, s in scales.items() if n.endswith(("self_weight", "self_bias", "pair_weight", "pair_bias"))}
+        assert stacked == ({0.5 ** ((num_layers + 1) / 2)} if "geomatt" in name else set())
+        heads = {n for n, s in scales.items() if s == 1.0}
+        assert not any("layers" in n or "streams" in n or "embedding" in n for n in heads), heads
+
+    @pytest.mark.parametrize("name", LAYERED)
+    def test_what_decays_does_not_depend_on_it(self, name: str) -> None:
+        potential = make_potential(name)
+        found = []
+        for decay in (1.0, 0.7):
+            groups = build_optimizer(potential, TrainSection(layer_decay=decay, weight_decay=0.1)).param_groups
+            found.append({id(p): group["weight_decay"] for group in groups for p in group["params"]})
+        assert found[0] == found[1]
+        assert set(found[0].values()) == {0.0, 0.1}
+
+    def test_a_decay_of_one_is_one_exactly(self) -> None:
+        names = [
+            "network.embedding.weight",
+            "network.layers.11.x",
+            "network.streams.0.self_bias",
+            "network.readout.bias",
+        ]
+        assert set(scale_layers(names, 1.0).values()) == {1.0}
+
+    def test_layers_of_two_digits(self) -> None:
+        names = [f"network.layers.{k}.linear.weight" for k in range(12)] + ["network.readout.weight"]
+        scales = scale_layers(names, 0.9)
+        assert list(scales.values()) == pytest.approx([0.9 ** (12 - k) for k in range(12)] + [1.0], rel=1e-14)
 
 
 class TestLearningRate:
@@ -64,6 +174,87 @@ class TestLearningRate:
     def test_a_run_of_one_step(self) -> None:
         section = TrainSection(num_steps=1, warmup_steps=0, learning_rate=1e-3)
         assert math.isfinite(compute_learning_rate(0, section))
+
+
+SCHEDULES = {
+    name: TrainSection(
+        num_steps=100, warmup_steps=10, learning_rate=1e-3, final_learning_rate=1e-5, schedule=name, plateau_factor=0.5,
+        plateau_patience=3,
+    )
+    for name in ("cosine", "exponential", "plateau", "constant")
+}  # fmt: skip
+
+
+class TestSchedules:
+    @pytest.mark.parametrize("name", SCHEDULES)
+    def test_all_warm_up_alike(self, name: str) -> None:
+        rates = [compute_learning_rate(s, SCHEDULES[name]) for s in range(11)]
+        assert rates == [1e-3 * (k + 1) / 11 for k in range(10)] + [1e-3]
+
+    def test_exponential_falls_by_a_constant_factor_per_step(self) -> None:
+        rates = [compute_learning_rate(s, SCHEDULES["exponential"]) for s in range(10, 100)]
+        assert [b / a for a, b in itertools.pairwise(rates)] == pytest.approx([0.01 ** (1 / 89)] * 89, rel=1e-12)
+        assert rates[-1] == pytest.approx(1e-5, rel=1e-12)
+        assert compute_learning_rate(10**6, SCHEDULES["exponential"]) == pytest.approx(1e-5, rel=1e-12)
+
+    def test_constant_stays(self) -> None:
+        assert {compute_learning_rate(s, SCHEDULES["constant"]) for s in range(10, 200)} == {1e-3}
+
+    def test_plateau_follows_its_factor_down_to_the_final_rate(self) -> None:
+        section = SCHEDULES["plateau"]
+        assert {compute_learning_rate(s, section) for s in range(10, 200)} == {1e-3}
+        assert compute_learning_rate(50, section, 0.25) == 0.25e-3
+        assert compute_learning_rate(50, section, 1e-9) == 1e-5
+
+    @pytest.mark.parametrize("name", ["cosine", "exponential", "constant"])
+    def test_others_have_no_factor(self, name: str) -> None:
+        assert compute_learning_rate(50, SCHEDULES[name], 0.5) == compute_learning_rate(50, SCHEDULES[name])
+
+
+class TestPlateau:
+    SCORES = (5.0, 4.0, 4.0, 4.5, 4.1, 3.9, 3.9, math.nan, 3.95, math.inf, 3.0, 3.1, 3.1, 3.1, 3.1, 3.1, 3.1, 2.0)
+    LOWERED = (0, 0, 0, 0, 1, 0, 0, 0, 0, 1, 0, 0, 0, 1, 0, 0, 1, 0)
+    """Three in a row without improvement; nan counts neither way"""
+
+    def test_a_series_of_scores(self) -> None:
+        plateau = Plateau(SCHEDULES["plateau"])
+        assert [plateau.record(score) for score in self.SCORES] == list(self.LOWERED)
+        assert plateau.factor == 0.5 ** sum(self.LOWERED)
+
+    def test_it_stops_at_the_final_rate(self) -> None:
+        plateau = Plateau(SCHEDULES["plateau"])
+        lowered = [plateau.record(1.0) for _ in range(100)]
+        assert sum(lowered) == 7  # 2^-7 is below 1e-2
+        assert plateau.factor == pytest.approx(1e-2, rel=1e-12)
+        assert compute_learning_rate(50, SCHEDULES["plateau"], plateau.factor) == pytest.approx(1e-5, rel=1e-12)
+
+    @pytest.mark.parametrize("name", ["cosine", "exponential", "constant"])
+    def test_other_schedules_have_none(self, name: str) -> None:
+        plateau = Plateau(SCHEDULES[name])
+        assert not any(plateau.record(1.0) for _ in range(50))
+        assert plateau.factor == 1.0
+
+    @pytest.mark.parametrize("cut", range(len(SCORES) + 1))
+    def test_it_goes_on_where_it_was_saved(self, cut: int) -> None:
+        plateau = Plateau(SCHEDULES["plateau"])
+        first = [plateau.record(score) for score in self.SCORES[:cut]]
+        state = json.loads(json.dumps(plateau.get_state(), allow_nan=False))
+        other = Plateau(SCHEDULES["plateau"])
+        other.set_state(state)
+        assert first + [other.record(score) for score in self.SCORES[cut:]] == list(self.LOWERED)
+
+    def test_nothing_is_the_beginning(self) -> None:
+        """What older checkpoints have of it."""
+        plateau = Plateau(SCHEDULES["plateau"])
+        plateau.set_state({})
+        assert plateau.get_state() == Plateau(SCHEDULES["plateau"]).get_state()
+
+    @pytest.mark.parametrize("state", [{"factor": "half"}, {"best": []}, {"waiting": None}, [1]])
+    def test_what_is_no_state_is_refused(self, state: Any) -> None:
+        with pytest.raises(
+            CheckpointError, match=r"^state of the schedule must be what a plateau writes; got \w+Error: "
+        ):
+            Plateau(SCHEDULES["plateau"]).set_state(state)
 
 
 class TestWeightMean:

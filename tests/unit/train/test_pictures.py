@@ -9,7 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from so3krates_dist.train.pictures import BLUE, plot_learning_curve, plot_parity_energy, plot_parity_forces
+from so3krates_dist.train.pictures import (
+    BLUE,
+    plot_learning_curve,
+    plot_parity_charges,
+    plot_parity_energy,
+    plot_parity_forces,
+)
 
 
 def read_picture(path: Path) -> np.ndarray:
@@ -70,7 +76,10 @@ def test_parities(tmp_path: Path, count: int) -> None:
     )
     forces = rng.standard_t(3, size=(count, 3))
     plot_parity_forces(forces, forces + rng.normal(scale=0.03, size=(count, 3)), tmp_path / "forces.png", "test split")
-    for name in ("energy.png", "forces.png"):
+    plot_parity_charges(
+        reference, reference + rng.normal(scale=0.001, size=count), tmp_path / "charges.png", "test split"
+    )
+    for name in ("energy.png", "forces.png", "charges.png"):
         assert read_picture(tmp_path / name).shape == (930, 780, 3)
         assert read_picture(tmp_path / name).std() > 5
 

@@ -18,7 +18,6 @@ from so3krates_dist.data.plan import Plan, Schedule
 from so3krates_dist.data.stream import TrainingStream
 from so3krates_dist.errors import CheckpointError, DataError
 from so3krates_dist.train import planning
-from so3krates_dist.train.checkpoint import TrainingState, save_checkpoint
 from so3krates_dist.train.planning import (
     PlanRecord,
     build_schedule,
@@ -126,6 +125,25 @@ class TestFile:
         ):
             read_record(tmp_path)
 
+    def test_weights_in_the_loss(self, root: Path, tmp_path: Path) -> None:
+        """Without any, the file is that of earlier versions; they are on the way of no order."""
+        plain, record = begin(root / "a", root / "b")
+        write_record(tmp_path, record)
+        (segment,) = json.loads((tmp_path / "plan.json").read_text())["segments"]
+        assert set(segment) == {"first_step", "fields", "locations", "given"}
+        schedule, record = begin(root / "a", root / "b", more=("data.loss_weights=[0.5,2]",))
+        assert schedule.segments[0][1].fingerprint == plain.segments[0][1].fingerprint
+        write_record(tmp_path, record)
+        assert read_record(tmp_path) == record
+        assert record.segments[0].loss_weights == (0.5, 2.0)
+        content = json.loads((tmp_path / "plan.json").read_text())
+        content["segments"][0]["loss_weights"] = [0.5]
+        (tmp_path / "plan.json").write_text(json.dumps(content))
+        with pytest.raises(
+            CheckpointError, match=r"ValueError: loss_weights that are not one for each data set\)\. Restore"
+        ):
+            read_record(tmp_path)
+
     def test_the_future(self, tmp_path: Path) -> None:
         (tmp_path / "plan.json").write_text('{"format": 2}')
         with pytest.raises(CheckpointError, match=r"plan\.json must have format 1 or lower; got 2\. Install a newer"):
@@ -157,6 +175,7 @@ class TestChanges:
             ("data.weights=[0.5,0.5]", "data.weights", [0.625, 0.375], [0.5, 0.5]),
             ("data.temperature=1e9", "data.weights", [0.625, 0.375], [0.5, 0.5]),
             ("data.fit_cost=true", "data.fit_cost", False, True),
+            ("data.loss_weights=[1,2]", "data.loss_weights", [1.0, 1.0], [1.0, 2.0]),
             ("run.seed=1", "run.seed", 0, 1),
         ],
     )
@@ -236,7 +255,7 @@ class TestEarlierVersions:
     """Their run folders have no plan."""
 
     def save(self, folder: Path) -> None:
-        save_checkpoint(folder / "checkpoints", TrainingState(step=7, best_score=0.5, tensors={}), keep=2)
+        (folder / "checkpoints" / "step_00000007").mkdir(parents=True)
 
     def test_a_run_that_has_done_steps_is_refused(self, root: Path, tmp_path: Path) -> None:
         config = configure(root / "a", more=(f"run.folder={tmp_path}",))
@@ -296,6 +315,33 @@ class TestRebase:
         key, _, value = more.partition("=")
         assert f"New plan from step {3 * length} on: {key} " in describe_change(record, new)
         assert f" -> {value.replace(',', ', ')}" in describe_change(record, new)
+
+    def test_other_weights_in_the_loss(self, root: Path) -> None:
+        """From the next window on; the steps until then count as they did, and no conformer comes more often."""
+        more = ("data.loss_weights=[0.5,2]",)
+        before, record = begin(root / "a", root / "b", more=more)
+        length = before.segments[0][1].steps_per_window
+        schedule, new, _ = go_on(record, length + 1, root / "a", root / "b", more=("data.loss_weights=[1,3]",))
+        assert [(s.first_step, s.loss_weights) for s in new.segments] == [(0, (0.5, 2.0)), (2 * length, (1.0, 3.0))]
+        assert [[s.loss_weight for s in plan.sources] for _, plan in schedule.segments] == [[0.5, 2.0], [1.0, 3.0]]  # type: ignore[attr-defined]
+        assert list_conformers(schedule, 0, 2 * length) == list_conformers(before, 0, 2 * length)
+        assert_even(schedule, 4 * length)
+        line = f"New plan from step {2 * length} on: data.loss_weights [0.5, 2.0] -> [1.0, 3.0]"
+        assert describe_change(record, new) == line
+        _, again, _ = go_on(new, 3 * length, root / "a", root / "b")
+        assert again.segments[-1].loss_weights == (), "1 for each"
+
+    def test_data_may_join_and_leave_a_run_with_weights_in_the_loss(self, root: Path) -> None:
+        before, record = begin(root / "a", root / "b", more=("data.loss_weights=[0.5,2]",))
+        length = before.segments[0][1].steps_per_window
+        schedule, new, _ = go_on(record, 1, root / "c", root / "b", more=("data.loss_weights=[4,2]",))
+        # The set that has left is opened where it was, and counts as it did.
+        found = [[(s.name, s.loss_weight) for s in plan.sources] for _, plan in schedule.segments]  # type: ignore[attr-defined]
+        assert found == [[("a", 0.5), ("b", 2.0)], [("c", 4.0), ("b", 2.0)]]
+        assert [s.first_step for s in new.segments] == [0, length]
+        changes = describe_change(record, new)
+        assert "data.folders ['a', 'b'] -> ['c', 'b']" in changes
+        assert changes.endswith(", data.loss_weights [0.5, 2.0] -> [4.0, 2.0]")
 
     @pytest.mark.parametrize("more", ["run.seed=5", "data.shuffle_shards=2"])
     def test_blocks_in_another_order_begin_with_an_epoch(self, root: Path, more: str) -> None:
