@@ -181,9 +181,15 @@ def tune_machine(threads: int, device: torch.device) -> None:
             mallopt(_M_TRIM_THRESHOLD, _KEEP_BYTES)
 
 
-def start_processes(rank: Rank, device: torch.device) -> None:
-    """Join the process group: NCCL on GPUs, gloo on CPUs; a single process needs no port."""
-    timeout = timedelta(seconds=COLLECTIVE_TIMEOUT_SECONDS)
+def start_processes(rank: Rank, device: torch.device, seconds: int = COLLECTIVE_TIMEOUT_SECONDS) -> None:
+    """Join the process group: NCCL on GPUs, gloo on CPUs; a single process needs no port.
+
+    Args:
+        rank: This process.
+        device: Of this process.
+        seconds: To wait for the others, now and later.
+    """
+    timeout = timedelta(seconds=seconds)
     backend = "nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)

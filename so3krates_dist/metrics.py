@@ -39,12 +39,16 @@ _COLUMNS: Final = (
     ("dipole_mae", "dipole", 1e3, ".2f", " me Å"),
     ("partial_charges_mae", "charges", 1e3, ".2f", " me"),
     ("hirshfeld_ratios_mae", "Hirshfeld", 1e3, ".2f", "e-3"),
-    ("proof_forces_error", "from float64", 1e3, ".1g", " meV/Å"),
+    ("proof_forces_error", "F off float64", 1e3, ".1g", " meV/Å"),
     ("learning_rate", "lr", 1.0, ".1e", ""),
     ("gradient_norm", "|g|", 1.0, ".2g", ""),
     ("conformers_per_second", "", 1.0, ".0f", " conformers/s"),
     ("data_wait_share", "data wait", 100.0, ".1f", " %"),
+    ("skipped_steps", "skipped steps", 1.0, ".0f", ""),  # where there are any
 )
+
+UNITS: Final = {name: (factor, unit) for name, _, factor, _, unit in _COLUMNS if factor != 1 and unit.startswith(" ")}
+"""Factor and unit, after a space, in which people are shown a figure of the record"""
 
 _ERRORS: Final = {label: "energy_mae_per_atom" if label == "energy" else f"{label}_mae" for label in LOSS_WEIGHTS}
 """Figure of each label; the console shows those of labels that are trained"""
@@ -106,10 +110,8 @@ class Record:
         if self._torn:
             _cut_torn_line(self._path)
         self._torn = True
-        with self._path.open(
-            "ab", buffering=0
-        ) as file:  # one write call: a line is there as a whole, or torn at the end
-            written = file.write(line)
+        with self._path.open("ab", buffering=0) as file:
+            written = file.write(line)  # one call: a line is there as a whole, or torn at the end
         if written != len(line):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self._torn = False
@@ -198,10 +200,8 @@ class WandbMirror:
         """Do something with W&B; where it fails, go on without W&B."""
         try:
             action()
-        except (
-            Exception
-        ) as error:  # wandb raises its own errors, OSError, BrokenPipe, asyncio's...: none may stop a run
-            self._run = None
+        except Exception as error:
+            self._run = None  # wandb raises its own errors, OSError, BrokenPipe, asyncio's...: none may stop a run
             _abandon_service()
             self._say(f"W&B is off from here on: {what} failed ({_first_line(error)}). {METRICS_NAME} is complete")
             return False
@@ -328,7 +328,7 @@ def format_record(kind: str, step: int, values: Mapping[str, Value], num_steps: 
     parts = [f"step {step:>{len(str(num_steps))}}/{num_steps}", f"{kind:<10}"]
     for name, label, factor, spec, unit in _COLUMNS:
         value = values.get(name)
-        if isinstance(value, int | float):
+        if isinstance(value, int | float) and (value or name != "skipped_steps"):
             parts.append(f"{label} {value * factor:{spec}}{unit}".strip())
     if kind == "event":
         parts += [f"{name} {value}" for name, value in values.items()]
@@ -338,7 +338,7 @@ def format_record(kind: str, step: int, values: Mapping[str, Value], num_steps: 
 
 
 class _ConsoleView:
-    """Prints lines; on a terminal with colours and a progress bar below them."""
+    """Prints lines; on a terminal with colours and a progress bar below them. A full disk under them stops no run."""
 
     _STYLES: Final = {"validation": "bold green", "test": "bold green", "event": "yellow"}
 
@@ -347,6 +347,7 @@ class _ConsoleView:
         self._stream = stream or sys.stdout
         self._first: tuple[int, float] | None = None
         self._bar: Any = None
+        self._warned = False
 
     def show(self, kind: Kind, step: int, values: Mapping[str, Value]) -> None:
         """Print one record, but for proofs of precision, of which there is a sentence."""
@@ -360,11 +361,19 @@ class _ConsoleView:
 
     def say(self, text: str, style: str = "") -> None:
         """Print one line."""
-        if self._stream.isatty():
-            console = self._bar.console if self._bar else _make_console(self._stream)
-            console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
-        else:
-            print(text, file=self._stream, flush=True)
+        try:
+            if self._stream.isatty():
+                console = self._bar.console if self._bar else _make_console(self._stream)
+                console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+            else:
+                print(text, file=self._stream, flush=True)
+        except BrokenPipeError:  # nobody reads any more: as with other commands, that is the end
+            raise
+        except OSError as error:
+            if not self._warned:
+                self._warned = True
+                with contextlib.suppress(OSError):  # it may be the same file
+                    print(f"lines are lost: standard output: {error.strerror}", file=sys.stderr, flush=True)
 
     def _estimate_rest(self, step: int) -> float | None:
         now = time.monotonic()

@@ -3,6 +3,8 @@
 import errno
 import multiprocessing
 import os
+import resource
+import shutil
 import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -139,4 +141,24 @@ def train_without_room_for_the_plan(settings: Sequence[str]) -> int:
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
     planning.write_text = write_text
+    return train(settings)
+
+
+def train_on_a_full_disk(settings: Sequence[str], step: int, bytes_of_a_file: int) -> int:
+    """Have room for small files only on rank 0, from a step on; negative: from the start."""
+
+    def fill(_: object = None) -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_of_a_file, resource.RLIM_INFINITY))
+
+    if step >= 0:
+        _before_step(step, 0, fill)
+    elif read_own_rank().is_main:
+        fill()
+    return train(settings)
+
+
+def train_without_a_run_folder(settings: Sequence[str], step: int) -> int:
+    """Lose the run folder in the midst of training."""
+    _before_step(step, 0, lambda training: shutil.rmtree(training.context.folder.path))
     return train(settings)

@@ -37,7 +37,7 @@ class _LossKeys:
     forces_loss: Literal["mse", "huber", "l2"] = "mse"
     """error of the forces: of components, squared, or squared up to train.huber_delta and linear beyond; l2: length of the error"""
     huber_delta: float = 1.0
-    """where the Huber loss becomes linear, in the same units as the errors"""
+    """where the Huber loss becomes linear: error over the RMS of the forces (of the energy per atom: over this times 1 Å)"""
     weights_from: int = 0
     """step at which weights begin to move to their final values"""
     weights_until: int = 0
@@ -216,6 +216,13 @@ class _GuardKeys:
         check(self.keep_checkpoints >= 2, "train.keep_checkpoints", "be at least 2", self.keep_checkpoints)
         check(self.spike_window >= 20, "train.spike_window", "be at least 20", self.spike_window)
 
+    def _check_spikes(self, weights_until: int) -> None:
+        """Refuse to look for spikes of a loss whose terms change their weights: it would jump, and all later steps be skipped."""
+        check(
+            not (self.spike_factor and weights_until), "train.spike_factor", "be 0 with train.weights_until",
+            self.spike_factor, "A loss whose weights change rises without a spike",
+        )  # fmt: skip
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainSection(_GuardKeys, _EngineKeys, _LossKeys, _OptimizerKeys):
@@ -240,5 +247,6 @@ class TrainSection(_GuardKeys, _EngineKeys, _LossKeys, _OptimizerKeys):
         self._check_loss()
         self._check_engine()
         self._check_guard()
+        self._check_spikes(self.weights_until)
         until, last = self.weights_until, self.num_steps
         check(until <= last, "train.weights_until", f"be at most train.num_steps ({last})", until)

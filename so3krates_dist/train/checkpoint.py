@@ -43,6 +43,7 @@ CONFIG_NAME: Final = "config.yaml"
 IDENTITY_NAME: Final = "run.json"
 OWNER_NAME: Final = ".lock-owner.json"
 _OWNER_SECONDS: Final = 0.5
+_ANOTHER_FOLDER: Final = "Set run.folder to another folder, or start with the settings of the run that is there"
 _SHOWN: Final = 5
 PLAN_NAME: Final = "plan.json"
 RATES_NAME: Final = "lr_find"
@@ -89,6 +90,8 @@ class RunFolder:
         self.path = config.folder
         self._config = config
         self._lock: IO[str] | None = None
+        self.changes: tuple[str, ...] = ()
+        """lines about what the run has computed with so far and does otherwise from here on; `check` finds them"""
 
     def check(self, data_fingerprint: str = "") -> None:
         """Check that the folder is new, or belongs to this very run; read only, so any process may.
@@ -97,7 +100,8 @@ class RunFolder:
             data_fingerprint: Of the data; empty: not compared. Where the folder has a plan, that is what is compared.
 
         Raises:
-            CheckpointError: It holds something else, or a run with another configuration or other data.
+            CheckpointError: It holds something else, or a run on other data.
+            ConfigError: It holds a run with other settings; all that differ are named.
         """
         if self.path.exists() and not self.path.is_dir():
             raise self._refuse("be a folder", "a file")
@@ -119,13 +123,16 @@ class RunFolder:
             raise self._refuse(f"hold a readable {IDENTITY_NAME}", type(error).__name__) from error
         if data_fingerprint not in ("", fingerprint) and not (self.path / PLAN_NAME).is_file():
             raise self._refuse(f"belong to this data set ({data_fingerprint})", f"a run on another one ({fingerprint})")
+        precisions = before.train.precision, self._config.train.precision
+        if precisions[0] != precisions[1]:
+            self.changes = ("note: train.precision was {} so far and is {} from here on".format(*precisions),)
         differences = _compare_configs(before, self._config)
         if differences:
-            raise self._refuse("belong to this run", f"another run, in which {_describe(differences)}")
+            got = f"another run, in which {_describe(differences)}"
+            raise ConfigError(f"run.folder {self.path}", "belong to this run", got, _ANOTHER_FOLDER)
 
     def _refuse(self, rule: str, got: str) -> CheckpointError:
-        remedy = "Set run.folder to another folder, or start with the settings of the run that is there"
-        return CheckpointError(f"run.folder {self.path}", rule, got, remedy)
+        return CheckpointError(f"run.folder {self.path}", rule, got, _ANOTHER_FOLDER)
 
     def acquire(self) -> None:
         """Make the folder where it is new, and hold it until this process ends; rank 0 alone.

@@ -60,6 +60,8 @@ MAX_SECONDS: Final = 60.0
 MAX_REPEATED_SECONDS: Final = 10.0
 MAX_REPEATS: Final = 5
 """of the step that is timed"""
+USUAL_GPUS: Final = 8
+"""of a large machine; more processes are taken to be on several"""
 
 
 # ----------------------------------------------------------------------------------------------------- before the first step
@@ -361,8 +363,9 @@ def _describe_steps(prepared: Prepared, figures: StepFigures, heaviest: Pass) ->
     for source, weight, epoch in zip(plan.sources, plan.settings.weights, plan.epochs(within), strict=True):
         if weight:
             yield f"Epochs: {source.name} {epoch:.4g} in {section.num_steps:,} steps, {within / epoch:,.0f} steps each"
+    conformers = f"{heaviest.conformers} conformer" + "s" * (heaviest.conformers != 1)
     yield (
-        f"Largest pass of the first {figures.num_steps:,} steps: {heaviest.conformers} conformers, {heaviest.atoms:,} atoms,"
+        f"Largest pass of the first {figures.num_steps:,} steps: {conformers}, {heaviest.atoms:,} atoms,"
         f" about {heaviest.pairs:,} pairs"
     )
 
@@ -401,8 +404,11 @@ def _print_memory(prepared: Prepared, weights: Sequence[int], passes: int, trial
         cells += [_format_bytes(memory.peak), _format_bytes(memory.host) if memory.host else "-"]
         rows.append([f"{name}{'  <- this run' if variant == section else ''}", *cells])
     columns = ("ZeRO", "weights", "gradients", "optimizer", "mean", "exchange", "activations", "peak", "on the CPU")
-    title = f"Memory of each of {prepared.world_size} process(es); the peak has the larger of exchange and activations:"
-    print_table(title, columns, rows)
+    print_table(f"Memory of each of {prepared.world_size} process(es):", columns, rows)
+    print(
+        "exchange: buffers in which processes add up gradients and put weights together, when activations are gone;"
+        " the peak has the larger of the two"
+    )
     if prepared.device.type == "cpu" and section.device != "cuda":
         print("note: on CPUs a process keeps memory that it has freed, and so has up to a third more than this")
 
@@ -440,7 +446,14 @@ def _describe_end(
         yield f"note: free {_format_bytes(needed - free)} on the disk of {folder}, or set run.folder to another one"
     yield f"Nothing was written to {folder}."
     start = ["so3krates", "train"]
-    if prepared.world_size > 1:
+    if prepared.world_size > USUAL_GPUS:
+        start = ["srun", "python", "launch/train.py"]
+        yield (
+            f"note: {prepared.world_size} processes are more than most machines have GPUs ({USUAL_GPUS}), so the command below is"
+            " for a Slurm job of as many tasks, with MASTER_ADDR and MASTER_PORT exported; without Slurm put `deepspeed --hostfile"
+            f" FILE` in place of `srun python`, FILE with a line `MACHINE slots={USUAL_GPUS}` for each machine"
+        )
+    elif prepared.world_size > 1:
         start = ["deepspeed", "--num_accelerators", str(prepared.world_size), "launch/train.py"]
     verb = f"begins a new run of {last:,} steps there"
     if progress.step >= last:

@@ -36,7 +36,7 @@ from so3krates_dist.train.plain_engine import (
     take_entry,
 )
 from so3krates_dist.train.two_pass import TwoPass
-from so3krates_dist.train.zero3 import PartitionedWeights, build_zero3_options, check_zero3
+from so3krates_dist.train.zero3 import PartitionedWeights, build_zero3_options, check_zero3, find_piece
 
 
 def build_deepspeed_config(section: TrainSection, weights: Sequence[int]) -> dict[str, Any]:
@@ -48,10 +48,12 @@ def build_deepspeed_config(section: TrainSection, weights: Sequence[int]) -> dic
 
     Args:
         section: Of the configuration.
-        weights: Numbers in each tensor of weights. Up to stage 2 buckets hold all gradients; DeepSpeed's default of 5e8 numbers
-            is a buffer of 2 GB in every backward pass of stages 1 and 2, whatever the model (read in its stage_1_and_2.py).
+        weights: Numbers in each tensor of weights. DeepSpeed's default bucket of 5e8 numbers is a buffer of 2 GB in every backward
+            pass of stages 1 and 2, whatever the model (read in its stage_1_and_2.py); one for all gradients would be as much as all
+            weights at stage 3.
     """
-    bucket = max(sum(weights) + sum(weights) % 2, 2)  # DeepSpeed wants an even number
+    piece = find_piece(weights)
+    bucket = piece + piece % 2  # DeepSpeed wants an even number
     zero: dict[str, Any] = {
         "stage": section.zero_stage,
         "overlap_comm": False,
@@ -59,7 +61,7 @@ def build_deepspeed_config(section: TrainSection, weights: Sequence[int]) -> dic
         "allgather_bucket_size": bucket,
     }
     if section.zero_stage == 3:
-        zero |= build_zero3_options(weights)
+        zero |= build_zero3_options()
     if section.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     return {
@@ -178,9 +180,8 @@ class TrainingEngine:
         if self._weights is not None:
             self._weights.clear_gradients()
         elif self._stage > 0:
-            # Sums of the passes before the last, and what the last made of them; zero_grad leaves both.
+            # Sums of the passes before the last, which zero_grad leaves.
             optimizer.all_grad_tensors.clear()
-            optimizer.averaged_gradients.clear()
             if self._section.offload_optimizer:
                 optimizer.micro_step_id = -1  # no pass of a step has been done
                 optimizer._offload_accumulated_param_ids.clear()
@@ -191,15 +192,6 @@ class TrainingEngine:
             for tensor in self._list_stepped():
                 assert tensor.grad is not None
                 tensor.grad.zero_()
-
-    @contextlib.contextmanager
-    def whole_weights(self) -> Iterator[list[torch.Tensor]]:
-        """Lend all weights, whole and in the order of the model's parameters, to be read; all processes must call it."""
-        if self._weights is None:
-            yield [p.detach() for p in self.potential.parameters()]
-        else:
-            with self._weights.whole() as weights:
-                yield weights
 
     def lend_weights(self) -> Iterator[list[torch.Tensor]]:
         """Lend all weights to be read, in the order of the model's parameters: at stage 3 a few at a time, else in one group.

@@ -1,6 +1,5 @@
 """What the training loop asks of an engine, and which engine a configuration gets."""
 
-import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Protocol
 
@@ -23,7 +22,7 @@ class Engine(Protocol):
 
     @property
     def potential(self) -> Potential:
-        """The model, in training mode; at ZeRO 3 its weights are whole only inside `whole_weights`."""
+        """The model, in training mode; at ZeRO 3 its weights are in parts."""
         ...
 
     @property
@@ -47,14 +46,10 @@ class Engine(Protocol):
         """Forget the gradients of a step, also after its last pass; weights and optimizer stay as they are."""
         ...
 
-    def whole_weights(self) -> contextlib.AbstractContextManager[list[torch.Tensor]]:
-        """Lend all weights, whole and in the order of the model's parameters, to be read; all processes must call it."""
-        ...
-
     def lend_weights(self) -> Iterator[list[torch.Tensor]]:
-        """Lend all weights like `whole_weights`, but at ZeRO 3 only a few at a time; all processes must take all groups.
+        """Lend all weights to be read, whole and in the order of the model's parameters, at ZeRO 3 only a few at a time.
 
-        Each group is to be read before the next is asked for, and empties then.
+        All processes must take all groups. Each is to be read before the next is asked for, and empties then.
         """
         ...
 

@@ -16,6 +16,7 @@ from so3krates_dist.config import TrainSection
 from so3krates_dist.data.passes import Limits, count_passes, group_lanes, list_passes
 from so3krates_dist.data.plan import Schedule, lanes_of_rank
 from so3krates_dist.train.plain_engine import list_moments
+from so3krates_dist.train.zero3 import find_piece
 
 STAGES: Final = ((0, False), (1, False), (1, True), (2, False), (2, True), (3, False), (3, True))
 """of ZeRO, each without and with the optimizer on the CPU"""
@@ -54,13 +55,15 @@ def predict_memory(
 ) -> ProcessMemory:
     """Return what a process holds.
 
-    With c bytes of all weights, p = c / N on each of N processes, and m moments of the optimizer (2; AMSGrad 3):
+    With c bytes of all weights, p = c / N on each of N processes, b of `zero3.find_piece`, and m moments of the optimizer (2;
+    AMSGrad 3):
 
     - stage 0: weights c, gradients c, moments mc; a copy c of the gradients to exchange;
-    - stages 1 and 2: weights c; a bucket of c (engine.py lets it hold all gradients); (1 + m)p of moments and of the weights that
-      the optimizer moves; stage 2 with several passes adds gradients up in a further p; c of what comes out of the bucket;
-    - stage 3: weights p, gradients p and the bucket c, (1 + m)p as above; 3c while all weights are put together, for the mean
-      (one process: 2c);
+    - stages 1 and 2: weights c; a bucket b for gradients; (1 + m)p of moments and of the weights that the optimizer moves; stage 2
+      with several passes adds gradients up in a further p; at the end of a step gradients c (stage 2: p) and p of what the
+      optimizer gets of them;
+    - stage 3: weights p, gradients p and the bucket b, (1 + m)p as above; 2b while weights are put together, for the mean, or a
+      bucket is exchanged;
     - the optimizer on the CPU: there (3 + m)p and the sums of stage 2; up to stage 2 also two buffers of the largest weight, one
       on the CPU and one on the device;
     - the mean of the weights: c on every process.
@@ -77,16 +80,18 @@ def predict_memory(
     plain, stage = section.precision == "float64", section.zero_stage
     copy, moments = sum(weights) * (8 if plain else 4), len(list_moments(section))
     part = -(-copy // world_size)
-    held, gradients, optimizer, exchange, host = copy, copy, (1 + moments) * part, copy, 0
+    piece = 4 * find_piece(weights)
+    held, gradients, optimizer, host = copy, piece, (1 + moments) * part, 0
+    exchange = part + (copy if stage == 1 else part)
     sums = part if stage == 2 and passes > 1 else 0
     if plain or stage == 0:
-        optimizer, exchange = moments * copy, 0 if plain else copy
+        gradients, optimizer, exchange = copy, moments * copy, 0 if plain else copy
     elif stage == 3:
-        held, gradients, exchange = part, copy + part, (3 if world_size > 1 else 2) * copy
+        held, gradients, exchange = part, part + piece, 2 * piece
     if section.offload_optimizer:
         buffer = 0 if stage == 3 else 4 * max(weights)
         host, optimizer = optimizer + 2 * part + sums + buffer, 0
-        gradients, sums = copy + buffer, 0
+        gradients, sums = piece + buffer, 0
     return ProcessMemory(
         weights=held, gradients=gradients + sums, optimizer=optimizer, mean=copy, exchange=exchange, activations=activations,
         host=host,

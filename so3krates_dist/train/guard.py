@@ -206,11 +206,15 @@ class StopRequest:
 
     def is_pending(self) -> bool:
         """Whether this process has been asked to stop."""
-        return self._received or (self._file is not None and self._file.exists())
+        if self._file is not None and not self._received:
+            with contextlib.suppress(OSError):  # a file server that is away: the next save tells
+                return self._file.exists()
+        return self._received
 
     def close(self) -> None:
         """Put the previous handlers back and remove the stop file, which has been obeyed."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         if self._file is not None:
-            self._file.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # all is saved; the exit code must tell
+                self._file.unlink(missing_ok=True)

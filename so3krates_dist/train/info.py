@@ -23,6 +23,15 @@ VENDORS = (
     "rdkit", "torch-pme", "s3fs", "h5py", "lmdb",
 )  # fmt: skip
 
+_PROOF: typing.Final = {
+    "proof_forces_error": ("forces off float64", 1e3, " meV/Å"),
+    "proof_forces_relative": ("of their size", 1.0, ""),
+    "proof_energy_error": ("energies off float64", 1e3, " meV/atom"),
+    "proof_net_force": ("largest net force", 1e3, " meV/Å"),
+    "proof_rotation_error": ("largest change of forces with a rotation", 1e3, " meV/Å"),
+}
+"""What the figures of train.proof are called here, with factor and unit"""
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Setting:
@@ -142,8 +151,19 @@ def _read_json(path: Path) -> Mapping[str, Any]:
 
 
 def _format_figures(values: Mapping[str, Any]) -> str:
-    numbers = {k: v for k, v in values.items() if isinstance(v, int | float) and k != "step"}
-    return ", ".join(f"{name} {value:.4g}" for name, value in numbers.items())
+    return ", ".join(
+        _format_figure(name, value)
+        for name, value in values.items()
+        if isinstance(value, int | float) and name != "step"
+    )
+
+
+def _format_figure(name: str, value: float) -> str:
+    """Return a figure of the record in the unit that people are shown it in."""
+    from so3krates_dist.metrics import UNITS
+
+    label, factor, unit = _PROOF.get(name) or (name, *UNITS.get(name.replace("_rmse", "_mae"), (1.0, "")))
+    return f"{label} {value * factor:.4g}{unit}"
 
 
 def _describe_model(section: schema.ModelSection) -> str:
@@ -185,6 +205,7 @@ def describe_run(folder: Path) -> list[tuple[str, object]]:
         ConfigError: Its config.yaml was altered.
     """
     from so3krates_dist.metrics import read_metrics
+    from so3krates_dist.train.stored_step import list_steps
 
     if not (folder / "config.yaml").is_file():
         if (folder / "config.json").is_file():
@@ -205,6 +226,8 @@ def describe_run(folder: Path) -> list[tuple[str, object]]:
         ("weights", "model.safetensors" if (folder / "model.safetensors").is_file() else "none yet"),
     ]
     rows += [(f"run.json: {key}", value) for key, value in _read_json(folder / "run.json").items()]
+    if skipped := list_steps(folder):
+        rows.append(("skipped steps", f"{', '.join(map(str, skipped))}; `so3krates replay RUN STEP` repeats one"))
     rows += _describe_plan(_read_json(folder / "plan.json"))
     records = read_metrics(folder / "metrics.jsonl") if (folder / "metrics.jsonl").is_file() else []
     last = {str(record["kind"]): record for record in records}

@@ -26,7 +26,6 @@ from so3krates_dist.distributed import (
     seed_everything,
     seed_step,
     set_matmul_precision,
-    start_processes,
     stop_processes,
     tune_machine,
     wait_for_all,
@@ -36,7 +35,8 @@ from so3krates_dist.graph import GraphBatch
 from so3krates_dist.metrics import MetricsLogger
 from so3krates_dist.train import inputs, planning
 from so3krates_dist.train.agreement import check_same
-from so3krates_dist.train.checkpoint import RunFolder, find_checkpoint
+from so3krates_dist.train.checkpoint import RunFolder
+from so3krates_dist.train.claim import Claim, claim_folder, meet
 from so3krates_dist.train.context import RunContext, name_epochs
 from so3krates_dist.train.evaluate import EVALUATION_BATCH_SIZE, evaluate
 from so3krates_dist.train.guard import StopRequest, Verdict, failing_together
@@ -45,10 +45,11 @@ from so3krates_dist.train.optim import compute_learning_rate
 from so3krates_dist.train.progress import compute_score
 from so3krates_dist.train.proof import choose_fixed_graphs, describe_proof, prove
 from so3krates_dist.train.run_state import RunState
+from so3krates_dist.train.saving import writing_in
 from so3krates_dist.train.self_check import check_engine
 from so3krates_dist.train.settling import settle_plan
 from so3krates_dist.train.skipped import store_step
-from so3krates_dist.train.window import StepWindow
+from so3krates_dist.train.window import WEIGHT, StepWindow
 from so3krates_dist.train.zero3 import check_zero3
 
 
@@ -77,16 +78,13 @@ def run_training(config: RunConfig) -> int:
     mixture = inputs.open_data(config, record.reference if record else None, hashes=hashes)
     folder.check(mixture.fingerprint)
     planning.check_plan(config, mixture, record)
-    if rank.is_main:
-        folder.acquire()
-        folder.check(mixture.fingerprint)  # again: another run may have come first
-    checkpoint, complaints = find_checkpoint(folder.path / "checkpoints") if rank.is_main else (None, [])
+    claim = claim_folder(folder, mixture.fingerprint) if rank.is_main else Claim()
     tune_machine(count_threads(config.run.threads, rank.local_world_size), device)
     set_matmul_precision(config.train.precision, device)
-    start_processes(rank, device)
+    meet(rank, device, claim.refusal)
     check_same(config, device, rank)
     training = Training(config, rank, device, mixture, folder, record)
-    exit_code = training.run(broadcast_text(str(checkpoint or ""), device), complaints)
+    exit_code = training.run(broadcast_text(str(claim.checkpoint or ""), device), claim.complaints)
     stop_processes()  # not after an error: the other processes may be waiting in a collective
     folder.close()
     return exit_code
@@ -142,9 +140,10 @@ class Training:
     ) -> None:
         self.config, self.rank, self.device, self.mixture, self.record = config, rank, device, mixture, record
         self.section = config.train
-        if rank.is_main:
-            folder.sign(mixture.fingerprint, __version__)
-        self.metrics = MetricsLogger(folder.path, config, is_main=rank.is_main)
+        with failing_together(device), writing_in(folder.path) if rank.is_main else contextlib.nullcontext():
+            if rank.is_main:
+                folder.sign(mixture.fingerprint, __version__)
+            self.metrics = MetricsLogger(folder.path, config, is_main=rank.is_main)
         self.context = RunContext(config, rank, device, mixture, folder, self.metrics)
         seed_everything(config.run.seed)
         self.state = RunState(self.context)
@@ -164,7 +163,9 @@ class Training:
         self.follow_plan()
         self.say(*self.context.describe(self.state.mean.potential))
         if checkpoint:
-            self.say(f"Resumed at step {self.state.progress.step} of {self.section.num_steps}")
+            self.say(
+                f"Resumed at step {self.state.progress.step} of {self.section.num_steps}", *self.context.folder.changes
+            )
         if self.state.progress.step < self.section.num_steps:  # a finished run is left as it is
             self.check_arithmetic()
         stop = StopRequest(self.context.folder.path, look_for_file=self.rank.is_main)
@@ -320,6 +321,8 @@ class Training:
             "applied": float(verdict is Verdict.APPLY),
             "conformers": agreed.conformers,
         }
+        if section.weights_until:
+            facts |= {f"{WEIGHT}{label}": weight for label, weight in weights.items()}
         self.finish_step(micro_batches, verdict, facts)
         return facts
 
@@ -380,8 +383,17 @@ class Training:
             summary = evaluation.summary()
             self.metrics.log("validation", progress.step, summary | self.prove())
             score = compute_score(summary, self.section)
-            self.state.plateau.record(score)
+            self.follow_plateau(score)
         if score < progress.best_score:
             progress.best_score, progress.scored_on = score, self.mixture.held_out
-            if self.rank.is_main:
-                self.state.export_best()
+            self.state.writer.write_now(self.state.export_best)
+
+    def follow_plateau(self, score: float) -> None:
+        """Lower the learning rate where the held-out error, the same on all processes, has stayed where it was."""
+        plateau = self.state.plateau
+        before, patience = plateau.factor, self.section.plateau_patience
+        if plateau.record(score, self.state.progress.applied):
+            self.say(
+                f"learning rate times {plateau.factor / before:.3g} from here on: no better held-out error in {patience} evaluation"
+                + "s" * (patience != 1)
+            )

@@ -112,10 +112,15 @@ class Plateau:
         self._best = math.inf
         self._waiting = 0
 
-    def record(self, score: float) -> bool:
-        """Take in the score of an evaluation, lower is better; return whether it lowers the learning rate."""
+    def record(self, score: float, applied: int) -> bool:
+        """Take in the score of an evaluation; return whether it lowers the learning rate.
+
+        Args:
+            score: Lower is better.
+            applied: Steps that have changed the weights; as long as the rate still rises nothing is counted.
+        """
         section = self._section
-        if section.schedule != "plateau" or math.isnan(score):
+        if section.schedule != "plateau" or math.isnan(score) or applied < section.warmup_steps:
             return False
         if score < self._best:
             self._best, self._waiting = score, 0
@@ -126,6 +131,10 @@ class Plateau:
             return False
         self.factor, self._waiting = max(least, self.factor * section.plateau_factor), 0
         return True
+
+    def forget_scores(self) -> None:
+        """Begin the search for an improvement anew: scores of other conformers cannot be compared."""
+        self._best, self._waiting = math.inf, 0
 
     def get_state(self) -> dict[str, Any]:
         """Return what `set_state` takes, as plain values."""
@@ -184,6 +193,17 @@ class WeightMean:
 
     @torch.no_grad()
     def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Put back what `get_state` returned; other entries are ignored."""
+        """Put back what `get_state` returned; other entries are ignored.
+
+        Raises:
+            CheckpointError: An entry is missing, or has another shape.
+        """
         for name, parameter in self.potential.named_parameters():
-            parameter.copy_(state[f"mean.{name}"])
+            stored = state.get(f"mean.{name}")
+            if stored is None or stored.shape != parameter.shape:
+                found = "none" if stored is None else str(tuple(stored.shape))
+                raise CheckpointError(
+                    f"`mean.{name}`", f"have the shape {tuple(parameter.shape)}", found,
+                    "Resume with the configuration that the run was started with",
+                )  # fmt: skip
+            parameter.copy_(stored)

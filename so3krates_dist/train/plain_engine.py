@@ -3,7 +3,6 @@
 Also what both engines share: the result of a step, and the names and shapes of the training state.
 """
 
-import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -165,15 +164,9 @@ class PlainEngine:
         """Forget the gradients of a step; weights and optimizer stay as they are."""
         self._optimizer.zero_grad()
 
-    @contextlib.contextmanager
-    def whole_weights(self) -> Iterator[list[torch.Tensor]]:
-        """Lend all weights, in the order of the model's parameters, to be read."""
-        yield [p.detach() for p in self.potential.parameters()]
-
     def lend_weights(self) -> Iterator[list[torch.Tensor]]:
-        """Lend all weights in one group, as `whole_weights` does."""
-        with self.whole_weights() as weights:
-            yield weights
+        """Lend all weights in one group, in the order of the model's parameters, to be read."""
+        yield [p.detach() for p in self.potential.parameters()]
 
     def state_sizes(self) -> dict[str, int]:
         """Return the bytes of each tensor of `gather_state`, in its order."""

@@ -21,9 +21,9 @@ from so3krates_dist.data.mixture import Mixture, Source, open_source
 from so3krates_dist.data.passes import Limits
 from so3krates_dist.data.plan import Plan, PlanSettings, Schedule, lanes_of_rank
 from so3krates_dist.distributed import Rank
-from so3krates_dist.errors import CheckpointError, DataError
+from so3krates_dist.errors import CheckpointError, ConfigError, DataError
 from so3krates_dist.files import write_text
-from so3krates_dist.train.checkpoint import PLAN_NAME, find_absolute, list_checkpoints
+from so3krates_dist.train.checkpoint import PLAN_NAME, compute_checksum, find_absolute, list_checkpoints
 
 FORMAT: Final = 1
 """Version of the file; a reader refuses a higher one."""
@@ -82,6 +82,8 @@ def write_record(folder: Path, record: PlanRecord) -> None:
         "limits": record.limits,
         "reference": record.reference.to_json(),
     }
+    content = json.loads(json.dumps(content))  # as it is read
+    content["checksum"] = compute_checksum(content)
     try:
         write_text(folder / PLAN_NAME, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     except OSError as error:
@@ -119,11 +121,14 @@ def read_record(folder: Path) -> PlanRecord | None:
             raise KeyError(", ".join(missing))
         if any(len(s.loss_weights) not in (0, len(s.fields["sources"])) for s in segments):
             raise ValueError("loss_weights that are not one for each data set")
+        # Earlier versions wrote none. Another digit in a baseline would be trained with, and nobody would see it.
+        if content.get("checksum", "") not in ("", compute_checksum(content)):
+            raise ValueError("it has been altered")
         return PlanRecord(
             reference=Reference.from_json(content["reference"]), segments=segments, cost=content["cost"],
             limits=content["limits"],
         )  # fmt: skip
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         got = f"a damaged one ({type(error).__name__}: {error})"
         remedy = "Restore the file, or start anew in another run.folder"
         raise CheckpointError(str(path), "be a plan", got, remedy) from error
@@ -184,7 +189,8 @@ def check_plan(config: RunConfig, mixture: Mixture, record: PlanRecord | None) -
         record: Of the run; None where it begins, or has begun with an earlier version of this package.
 
     Raises:
-        CheckpointError: The order would be another one.
+        CheckpointError: The run has no plan.
+        ConfigError: Settings or data are not those of its plan.
     """
     where = f"run.folder {config.folder}"
     if record is None and not config.data.rebase and (steps := list_checkpoints(config.folder / "checkpoints")):
@@ -196,7 +202,7 @@ def check_plan(config: RunConfig, mixture: Mixture, record: PlanRecord | None) -
     change = None if record is None or config.data.rebase else find_change(config, mixture, record)
     if change is not None:
         name, before, now = change
-        raise CheckpointError(
+        raise ConfigError(
             where, f"go on with the plan it has begun with, where {name} is {before}", now,
             "Set it back, or set data.rebase=true to change it from the next window on",
         )  # fmt: skip

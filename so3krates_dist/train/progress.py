@@ -50,7 +50,7 @@ class Progress:
                 step=step, applied=applied, data_step=data_step, best_score=math.inf if best is None else float(best),
                 scored_on=str(content.get("scored_on", "")),
             )  # fmt: skip
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             found = f"{type(error).__name__}: {error}"
             raise CheckpointError(where, "say how far the run had come", found, "Remove this checkpoint") from error
         if not 0 <= applied <= step <= data_step:

@@ -134,9 +134,9 @@ def compare(
 def describe_proof(figures: Mapping[str, float]) -> str:
     """Return a line for the log about what `prove` found."""
     return (
-        f"arithmetic against float64: forces {1000 * figures['proof_forces_error']:.2g} meV/Å"
-        f" ({figures['proof_forces_relative']:.1e} of their size), energy {1000 * figures['proof_energy_error']:.2g} meV/atom,"
-        f" net force {1000 * figures['proof_net_force']:.2g} meV/Å, after a rotation"
+        f"Precision: forces are {1000 * figures['proof_forces_error']:.2g} meV/Å off float64 (RMS;"
+        f" {figures['proof_forces_relative']:.1e} of their size), energies {1000 * figures['proof_energy_error']:.2g} meV/atom;"
+        f" largest net force {1000 * figures['proof_net_force']:.2g} meV/Å, largest change of forces with a rotation"
         f" {1000 * figures['proof_rotation_error']:.2g} meV/Å"
     )
 

@@ -78,6 +78,8 @@ class ConformerFindings:
     """by arithmetic, its share of the loss and the gradient of that"""
     force_error: float
     """eV/Å, largest error of a force component in float64; nan without labels"""
+    energy_error: float
+    """eV/atom, likewise"""
 
     @property
     def name(self) -> str:
@@ -224,16 +226,15 @@ def _examine(
     # A label that is nan is one that is missing.
     finite = {n: (~v.isinf() if n in labels else v.isfinite()) for n, v in fields.items() if v is not None}
     distances = compute_vectors(conformer).double().norm(dim=1)
-    force_error = math.nan
+    errors: dict[str, float] = {}
     not_finite, shares = {}, {}
     for name, potential in potentials.items():
         loss, outputs, moved = _compute_pass(conformer, potential, section, facts)
         shares[name] = _take_gradient(potential, loss)
         relevant = [k for k in outputs if k in (*labels, "energy", "forces")]
         not_finite[name] = tuple(k for k in relevant if not outputs[k].isfinite().all())
-        if name == "float64" and moved.forces is not None:
-            errors = (outputs["forces"] - moved.forces).abs()
-            force_error = max(errors[~moved.forces.isnan()].tolist(), default=math.nan)
+        if name == "float64":
+            errors = {label: _find_error(outputs, moved, label) for label in ("forces", "energy")}
     numbers = conformer.atomic_numbers.numpy()
     return ConformerFindings(
         **place,
@@ -244,8 +245,17 @@ def _examine(
         faults=tuple(name for name, is_finite in finite.items() if not is_finite.all()),
         not_finite=not_finite,
         shares=shares,
-        force_error=force_error,
+        force_error=errors["forces"],
+        energy_error=errors["energy"] / len(numbers),
     )
+
+
+def _find_error(outputs: Mapping[str, torch.Tensor], conformer: GraphBatch, label: str) -> float:
+    """Return the largest error of a label's numbers; nan where there are none."""
+    labels: torch.Tensor | None = getattr(conformer, label)
+    if labels is None:
+        return math.nan
+    return max((outputs[label] - labels).abs()[~labels.isnan()].tolist(), default=math.nan)
 
 
 # ---------------------------------------------------------------------------------------------------------------- diagnosis
@@ -352,7 +362,8 @@ def print_replay(replay: Replay, title: str) -> None:
     conformers = sorted(replay.conformers, key=_rank_conformer)
     shown = [_format_row(conformer) for conformer in conformers[:_MAX_ROWS]]
     count = f"{len(shown)} of {len(conformers)}" if len(shown) < len(conformers) else f"{len(shown)}"
-    columns = ("conformer", "atoms", "share of loss", "max F error eV/Å", "closest Å", "gradient norm", "not finite")
+    errors = ("max F error eV/Å", "E error meV/atom")
+    columns = ("conformer", "atoms", "share of loss", *errors, "closest Å", "gradient norm", "not finite")
     print_table(f"Conformers ({count}), each by itself in float64", columns, shown)
     print(diagnose(replay) + ".")
 
@@ -371,7 +382,7 @@ def _format_row(conformer: ConformerFindings) -> tuple[str, ...]:
         outputs = conformer.not_finite[name]
         found = [*outputs] or (["loss"] if not math.isfinite(result.loss) else [])
         parts += [f"{what} in {name}" for what in found or (["gradient"] if not result.is_finite else [])]
-    cells = (share.loss, conformer.force_error, conformer.closest, share.gradient_norm)
+    cells = (share.loss, conformer.force_error, 1e3 * conformer.energy_error, conformer.closest, share.gradient_norm)
     text = ", ".join(parts) or "-"
     return (conformer.name.removeprefix("conformer "), str(conformer.num_atoms), *(f"{c:.4g}" for c in cells), text)
 

@@ -115,6 +115,8 @@ class RunState:
         # Without held-out conformers the score is minus the step, which no error would ever beat.
         if is_another or (held_out and progress.best_score < 0):
             progress.best_score = math.inf
+        if is_another:
+            self.plateau.forget_scores()
         self.progress = progress
         return ["The best model so far was found with other held-out conformers; the search begins anew"] * is_another
 
@@ -129,7 +131,8 @@ class RunState:
         """
         said = self.writer.finish()
         spoiled, main = self.progress, self._context.rank.is_main
-        found, complaints = find_checkpoint(self._folder / "checkpoints") if main else (None, [])
+        with failing_together(self._context.device):
+            found, complaints = find_checkpoint(self._folder / "checkpoints") if main else (None, [])
         checkpoint = broadcast_text(str(found or ""), self._context.device)
         if not checkpoint:
             raise NonFiniteError(
@@ -138,6 +141,8 @@ class RunState:
             )  # fmt: skip
         lines = [said or "", *complaints, *self.resume(Path(checkpoint))]
         self.progress.data_step = spoiled.data_step
+        # A better model may have been exported since the checkpoint; the next evaluation must not overwrite it.
+        self.progress.best_score, self.progress.scored_on = spoiled.best_score, spoiled.scored_on
         back = spoiled.step - self.progress.step
         return [
             *lines, f"Went back {back} steps to the checkpoint of step {self.progress.step}, past the data that spoiled them"

@@ -11,6 +11,7 @@ Reading is in `checkpoint.py`.
 
 import contextlib
 import dataclasses
+import errno
 import importlib.metadata
 import json
 import os
@@ -20,7 +21,7 @@ import shutil
 import struct
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -174,6 +175,21 @@ class _Export:
         return self._error
 
 
+@contextlib.contextmanager
+def writing_in(folder: Path) -> Iterator[None]:
+    """Write something below a folder that is there.
+
+    Raises:
+        CheckpointError: The disk is full or read-only, or the folder has gone; it must not come back half empty.
+    """
+    try:
+        if not folder.is_dir():
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder))
+        yield
+    except (OSError, SafetensorError) as error:
+        raise _say(folder, str(error)) from error
+
+
 class CheckpointWriter:
     """Saves the state of a run. All processes make one and call it at the same steps.
 
@@ -274,6 +290,21 @@ class CheckpointWriter:
         if save is not None and save.was_asked and (written >= self._rank.world_size or failed):
             self._commit(save)
         return self._take_lines()
+
+    def write_now(self, write: Callable[[], None]) -> None:
+        """Have rank 0 write something in the run folder, while the others wait; all processes call it.
+
+        Raises:
+            CheckpointError: It could not; the same on all processes.
+        """
+        error: So3kratesError | None = None
+        if self._rank.is_main:
+            try:
+                with writing_in(self._folder.parent):
+                    write()
+            except CheckpointError as caught:
+                error = caught
+        self._agree(error)
 
     def finish(self) -> str | None:
         """Wait until the save is committed that has begun, if there is one; all processes call it.
@@ -379,10 +410,14 @@ class CheckpointWriter:
             write_text(self._folder / "latest", final.name + "\n")
             # Later steps are damaged or given up: the run has come back to an earlier one. They must not count among those kept.
             later = [p for p in list_checkpoints(self._folder) if int(p.name.removeprefix(PREFIX)) > save.step]
-            for old in later + list_checkpoints(self._folder)[len(later) + self._keep :]:
-                _remove(old)
+            old = later + list_checkpoints(self._folder)[len(later) + self._keep :]
         except OSError as error:
             raise _say(final, str(error)) from error
+        for path in old:
+            try:
+                _remove(path)
+            except OSError as error:  # somebody protects it, or copies it: the new one is whole nevertheless
+                self._lines.append(f"{path} cannot be removed ({error.strerror or error})")
 
 
 def _check_reports(save: _Save, reports: list[list[int]]) -> None:

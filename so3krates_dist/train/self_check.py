@@ -1,9 +1,11 @@
 """One step of the engine against plain torch on the user's own model, before training: a wrong sum of gradients is silent.
 
 The engine does its step as in training, with the conformers dealt unevenly to processes and passes, some of them empty. Plain torch
-does it with all of them in one batch. Then the engine gets back the state that it had, bit for bit.
+does it with all of them in one batch, and with nothing computed again or by a forward derivative. Then the engine gets back the
+state that it had, bit for bit.
 """
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Final
@@ -58,7 +60,7 @@ def check_engine(
         engine.load_state(before)
     if text.startswith("not "):
         raise ConfigError(
-            "train.self_check", "find that a step of the engine is one of plain torch", text,
+            "train.self_check", "find that a step of DeepSpeed is one of plain torch", text,
             "Set train.zero_stage=0, train.offload_optimizer=false or train.activation_checkpointing=none to find what is wrong,"
             " and report it; train.self_check=false trains nevertheless",
         )  # fmt: skip
@@ -81,7 +83,8 @@ def _compare(
         if rank.is_main:
             potential = engine.potential
             assert potential.section is not None, "a model without a configuration cannot be built again"
-            plain = PlainEngine(build_model(potential.section, potential.statistics), section, device)
+            simple = dataclasses.replace(section, activation_checkpointing="none")
+            plain = PlainEngine(build_model(potential.section, potential.statistics), simple, device)
             plain.load_state(start)
             expected = _take_step(plain, [collate(graphs)], graphs, section, device)
             gradients = plain.gather_state(found.__contains__)
@@ -123,6 +126,8 @@ def _describe(
         return (
             "nothing was compared, because loss or gradient of the first conformers is not finite in plain torch either"
         )
+    if not any((*got, *expected)):
+        return "nothing was compared, because the first conformers have no label that is trained, or no error"
     largest = max(float(g.abs().max()) for g in gradients.values())
     deviations = {
         name.partition(".")[2]: _divide(
@@ -136,11 +141,11 @@ def _describe(
         "norm of the gradient": _divide(abs(got[1] - expected[1]), abs(expected[1])),
         f"gradient of {worst}": deviations[worst],
     }
-    words = ", ".join(f"{name} deviates by {value:.1e}" for name, value in parts.items())
+    words = ", ".join(f"{name} {value:.1e}" for name, value in parts.items())
     tolerance = TOLERANCES[precision]
     if all(value <= tolerance for value in parts.values()):
-        return f"one step of the engine is one of plain torch ({words})"
-    return f"not the same: {words}, at most {tolerance:g} is rounding"
+        return f"a step of DeepSpeed is one of plain torch (relative deviations: {words}; {tolerance:g} is allowed)"
+    return f"not the same: relative deviations are {words}; {tolerance:g} is allowed"
 
 
 def _divide(difference: float, size: float) -> float:

@@ -5,6 +5,7 @@ A stored step gets its name when it is complete. What goes wrong while it is wri
 
 import dataclasses
 import json
+import math
 import shlex
 import shutil
 from collections.abc import Mapping, Sequence
@@ -57,19 +58,24 @@ def store_step(
         weights: All of them, whole, by name.
 
     Returns:
-        A line for the log; empty where nothing is to be kept.
+        A line for the log: which step was skipped and why, and how to repeat it.
     """
     section, progress = context.config.train, state.progress
+    loss, norm, usual = figures["loss"], figures["gradient_norm"], state.guard.usual_loss
+    found = f"its loss {loss:.4g} is a spike, {usual:.4g} is usual"
+    if verdict is Verdict.NON_FINITE:
+        found = f"its loss is {loss:.4g}" if not math.isfinite(loss) else f"the norm of its gradient is {norm:.4g}"
+    line = f"Step {progress.step} was skipped, {found}"
     if not section.keep_skipped:
-        return ""
+        return line
     own = [sum(kinds) for kinds in zip(*map(count_labels, batches), strict=True)]
     facts = StepFacts(
         step=progress.step,
         data_step=progress.data_step,
-        loss=figures["loss"],
-        gradient_norm=figures["gradient_norm"],
+        loss=loss,
+        gradient_norm=norm,
         verdict=verdict,
-        usual_loss=state.guard.usual_loss,
+        usual_loss=usual,
         counts=dict(zip(LABELS, reduce_sum(own, context.device), strict=True)),
         loss_weights=compute_weights(progress.applied, section),
         statistics=state.statistics,
@@ -77,7 +83,8 @@ def store_step(
         device=context.device.type,
     )
     path = context.folder.path
-    return write_step(path, facts, batches, weights, context.rank, context.device, section.keep_skipped)
+    then = write_step(path, facts, batches, weights, context.rank, context.device, section.keep_skipped)
+    return f"{line}; {then}"
 
 
 def write_step(
@@ -101,13 +108,15 @@ def write_step(
         keep: Stored steps that stay: those that were written last.
 
     Returns:
-        A line for the log: what can be done with it, or why it could not be written.
+        Words for the log: what can be done with it, or why it could not be written.
     """
     final = folder / FOLDER_NAME / f"{PREFIX}{facts.step:08d}"
     temporary = final.with_name(f".{final.name}.tmp")
     failure: Exception | None = None
     try:
-        temporary.mkdir(parents=True, exist_ok=True)
+        # Not those above it: a run folder that has vanished must not come back half empty.
+        final.parent.mkdir(exist_ok=True)
+        temporary.mkdir(exist_ok=True)
         _write(temporary / name_batches(rank.rank), *_flatten(batches))
         if rank.is_main:
             _write(temporary / WEIGHTS_NAME, weights, {"format": str(FORMAT)})
@@ -125,8 +134,8 @@ def write_step(
             failure = error
             shutil.rmtree(temporary, ignore_errors=True)
     if failure is not None:
-        return f"Step {facts.step} could not be stored for replay: {failure}"
-    return f"Stored step {facts.step}: `so3krates replay {shlex.quote(str(folder))} {facts.step}` repeats it"
+        return f"it could not be stored for replay: {failure}"
+    return f"`so3krates replay {shlex.quote(str(folder))} {facts.step}` repeats it"
 
 
 def _flatten(batches: Sequence[GraphBatch]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

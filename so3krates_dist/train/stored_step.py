@@ -136,6 +136,10 @@ def read_step(folder: Path, step: int) -> StoredStep:
     """
     path = folder / FOLDER_NAME / f"{PREFIX}{step:08d}"
     if not (path / FACTS_NAME).is_file():
+        if not folder.is_dir():
+            raise CheckpointError(
+                str(folder), "be a run folder", "no such folder", "Name the one that training printed"
+            )
         kept = ", ".join(map(str, list_steps(folder))) or "none"
         raise CheckpointError(
             f"step {step} of {folder}", "be one of the stored steps", f"one that is not; stored: {kept}",

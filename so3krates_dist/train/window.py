@@ -4,7 +4,10 @@ import contextlib
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Final
 
+WEIGHT: Final = "weight/"
+"""What the figure of a label's weight in the loss begins with, where weights change in the course of a run"""
 _MEANS = ("loss", "energy_mae_per_atom", "forces_mae", "gradient_norm")
 
 
@@ -48,6 +51,7 @@ class StepWindow:
         figures = {name: _average([f[name] for f in applied]) for name in _MEANS}
         figures |= {
             "learning_rate": self._steps[-1]["learning_rate"],
+            **{name: value for name, value in self._steps[-1].items() if name.startswith(WEIGHT)},
             "skipped_steps": float(len(self._steps) - len(applied)),
             "conformers_per_second": sum(f["conformers"] for f in self._steps) / seconds,
             "seconds_per_step": seconds / len(self._steps),

@@ -46,10 +46,11 @@ def check_zero3(installed: str | None = None) -> None:
 
 
 def find_piece(weights: Sequence[int]) -> int:
-    """Return how many numbers are put together, or gathered before they are exchanged, at a time.
+    """Return how many numbers are put together at a time, and how many of gradients are collected before they are exchanged.
 
     No fewer than the largest tensor has. A sixteenth of all of them is little beside what a process holds anyway, and keeps the
-    exchanges of a step few.
+    exchanges of a step few. All processes fill their buckets in the same order, whatever their batches hold: each weight is used
+    in all of them, and autograd goes back through operations in the order in which they were done.
 
     Args:
         weights: Numbers in each tensor of weights.
@@ -57,18 +58,14 @@ def find_piece(weights: Sequence[int]) -> int:
     return max(*weights, -(-sum(weights) // 16))
 
 
-def build_zero3_options(weights: Sequence[int]) -> dict[str, Any]:
+def build_zero3_options() -> dict[str, Any]:
     """Return what DeepSpeed is told beside the stage.
 
     By default it leaves weights of up to 100,000 numbers whole, which is all of them in models like these; it replaces
     `torch.nn.functional.linear` in the whole process by a function of its own; and it gathers weights ahead of their use, by hooks
-    that are taken off here. Its bucket for gradients is made at the start and stays.
-
-    Args:
-        weights: Numbers in each tensor of weights.
+    that are taken off here.
     """
     return {
-        "reduce_bucket_size": find_piece(weights),
         "stage3_param_persistence_threshold": 0,
         "memory_efficient_linear": False,
         "stage3_prefetch_bucket_size": 0,
@@ -144,7 +141,6 @@ class PartitionedWeights:
         self._weights: list[nn.Parameter] = list(model.parameters())
         self._groups = _group(self._weights)
         self._storages = _Storages()
-        self._is_whole = False
         self._shapes = {w: torch.zeros((), dtype=w.dtype, device=w.device).expand(w.ds_shape) for w in self._weights}  # type: ignore[attr-defined]
         optimizer.parameter_offload._remove_module_hooks()
         for module in model.modules():
@@ -167,7 +163,7 @@ class PartitionedWeights:
 
     def _scatter(self, weights: list[nn.Parameter]) -> None:
         present = [w for w in weights if self._has(w)]
-        if present and not self._is_whole:
+        if present:
             present[0].partition(present)  # type: ignore[attr-defined]
 
     @staticmethod
@@ -196,18 +192,6 @@ class PartitionedWeights:
     def _gather_when_used(self, choice: bool) -> None:
         for module in self._model.modules():
             module._parameters._in_forward = choice  # type: ignore[attr-defined]
-
-    @contextlib.contextmanager
-    def whole(self) -> Iterator[list[torch.Tensor]]:
-        """Lend all weights, whole; all processes must call it, and what they do inside need not be the same."""
-        self._gather(self._weights)
-        self._is_whole = True
-        try:
-            yield [w.detach() for w in self._weights]
-        finally:
-            self._is_whole = False
-            self._scatter(self._weights)
-            self._storages.forget()
 
     def lend(self) -> Iterator[list[torch.Tensor]]:
         """Lend all weights, whole, in groups of `find_piece` numbers at most, each until the next; all processes must do it."""

@@ -23,6 +23,7 @@ WAYS = (
     (0, 1, 1, ""), (0, 2, 1, ""), (1, 1, 1, ""), (1, 2, 1, ""), (2, 2, 1, ""), (2, 2, 2, ""), (3, 2, 1, ""),
     (1, 2, 1, "train.offload_optimizer=true"), (2, 2, 2, "train.offload_optimizer=true"),
     (3, 2, 1, "train.offload_optimizer=true"), (1, 2, 1, "train.optimizer=amsgrad"),
+    (2, 4, 1, ""), (3, 4, 1, ""),
 )  # fmt: skip
 """stage, processes, passes in a step, setting"""
 

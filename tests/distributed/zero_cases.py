@@ -38,6 +38,11 @@ MODELS = {
     "geomatt_envelope": "num_layers=2 num_features=8 inner_width=8 grid_end=4.0 grid_spacing=0.5 cutoff=4.0",
 }
 """Options of each model, so that all of its weights take part, or, in the bare one, some do not"""
+PATHS = {
+    "so3lr, ewald": f"{MODELS['so3lr']} electrostatics=ewald",
+    "geomatt, matrices and lists": MODELS["geomatt"],
+}
+"""Models in which a pass of one process may do what that of another does not"""
 OWN_LOSS = ("train.energy_weight=0", "train.forces_weight=10", "train.dipole_weight=1", "train.hirshfeld_weight=1")
 """of SO3LR"""
 WITHOUT_GRADIENT = "weight.network.charge_head.output.bias"

@@ -6,8 +6,10 @@ A step's conformers are dealt unevenly to processes and passes, and some of thes
 import dataclasses
 import json
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from plain import PlainTraining
@@ -23,6 +25,7 @@ from zero_cases import (
     NUM_STEPS,
     OWN_LOSS,
     PASSES,
+    PATHS,
     STAGES,
     STATISTICS,
     WITHOUT_GRADIENT,
@@ -44,6 +47,8 @@ from so3krates_dist.distributed import (
 )
 from so3krates_dist.errors import ConfigError
 from so3krates_dist.graph import GraphBatch, collate
+from so3krates_dist.model import geomatt
+from so3krates_dist.model.geomatt_paths import choose_path
 from so3krates_dist.model.potential import Potential
 from so3krates_dist.model.registry import build_model
 from so3krates_dist.train import budget
@@ -191,6 +196,30 @@ class Checks:
                 findings[f"{name}, stage {stage}, {checkpointing}"] = self.compare(engine, config, "varied", *expected)
         return findings
 
+    def check_paths(self) -> Findings:
+        """Processes that take different ways through a model exchange gradients of the same weights.
+
+        Ewald sums are over conformers with a cell, which some passes of some processes do not have. Of GeomAtt's two paths the
+        first process takes one in all passes, the second the other.
+        """
+        findings: Findings = {}
+        algorithm = ("dense", "neighbor_list")[self.rank.rank % 2]
+        for name, options in PATHS.items() if find_spec("torchpme") else ():
+            model = name.partition(",")[0]
+            settings = [f"model.name={model}", *(f"model.{option}" for option in options.split())]
+            settings += OWN_LOSS if model == "so3lr" else ["train.stress_weight=0"]
+            if model == "geomatt":
+                self.use_molecules()
+            expected = self.train_plainly(tuple(settings), range(MODEL_STEPS))
+            with mock.patch.object(
+                geomatt, "choose_path", lambda batch, pairs, _: choose_path(batch, pairs, algorithm)
+            ):
+                for stage in (1, 2, 3):
+                    config = self.configure(*settings, f"train.zero_stage={stage}")
+                    engine = self.build(config)
+                    findings[f"{name}, stage {stage}"] = self.compare(engine, config, "varied", *expected)
+        return findings
+
     def check_states(self, pattern: str = "*") -> Findings:
         """A state goes into any stage and number of processes, comes out bit for bit, and training goes on."""
         findings: Findings = {}
@@ -261,13 +290,13 @@ class Checks:
             engine.backward(
                 1e3 * engine.forward(batch)["forces"].square().sum(), is_last=is_last and number == len(own)
             )
-            with engine.whole_weights() as weights:
-                assert [w.shape for w in weights] == list(engine._shapes.values())
+            lent = [weight.shape for group in engine.lend_weights() for weight in group]
+            assert lent == list(engine._shapes.values())
         engine.forward(batch)  # and one that is left without its backward pass
         engine.discard()
 
     def check_weights(self) -> Findings:
-        """Weights can be read whole, and used by one process alone; at stage 3 they are in parts all the rest of the time."""
+        """Weights can be read whole; at stage 3 they are in parts all the rest of the time."""
         findings: Findings = {}
         for stage in STAGES:
             config = self.configure(f"train.zero_stage={stage}")
@@ -281,16 +310,8 @@ class Checks:
                 finding["kept"] = len(engine._weights._storages._known) if self.rank.world_size > 1 else 0
             engine.backward(outputs["forces"].sum() * 0.0, is_last=True)
             engine.discard()
-            with engine.whole_weights() as weights:
-                finding["equal"] = all(
-                    torch.equal(w.cpu(), state[f"weight.{n}"]) for n, w in zip(names, weights, strict=True)
-                )
-                if self.rank.is_main:
-                    alone = engine.potential(collate(self.steps[2]).to(self.device))["forces"]
-                    copied = build_model(config.model, STATISTICS).to(self.device)
-                    copied.load_state_dict({n: state[f"weight.{n}"] for n in names})
-                    other = copied(collate(self.steps[2]).to(self.device))["forces"]
-                    finding["alone"] = bool(torch.equal(alone, other))
+            weights = [weight.cpu().clone() for group in engine.lend_weights() for weight in group]
+            finding["equal"] = all(torch.equal(w, state[f"weight.{n}"]) for n, w in zip(names, weights, strict=True))
             finding["held after"] = sum(w.numel() for w in engine.potential.parameters())
             finding["total"] = sum(t.numel() for n, t in state.items() if n.startswith("weight."))
             findings[f"stage {stage}"] = finding
@@ -300,15 +321,17 @@ class Checks:
         """It finds nothing where nothing is wrong, leaves no trace, and says on all processes what is wrong where something is."""
         findings: Findings = {}
         graphs = self.steps[0][:3]
-        for stage, offload, checkpointing in (
-            (0, False, "blocks"),
-            (1, True, "low_memory"),
-            (2, False, "none"),
-            (3, True, "blocks"),
+        rounded = ((1, False, "blocks", "bf16-mixed"), (3, False, "none", "bf16-mixed"))
+        for stage, offload, checkpointing, precision in (
+            (0, False, "blocks", "float32"),
+            (1, True, "low_memory", "float32"),
+            (2, False, "none", "float32"),
+            (3, True, "blocks", "float32"),
+            *(rounded if self.rank.world_size > 1 else ()),
         ):
             config = self.configure(
                 f"train.zero_stage={stage}", f"train.offload_optimizer={str(offload).lower()}",
-                f"train.activation_checkpointing={checkpointing}",
+                f"train.activation_checkpointing={checkpointing}", f"train.precision={precision}",
             )  # fmt: skip
             engine = self.build(config)
             finding: dict[str, Any] = {}
@@ -320,13 +343,14 @@ class Checks:
                 finding[f"{moment} differences"] = find_differences(before, after)
                 self.do_step(engine, config, 0)
             engine.__class__ = ForgetfulEngine
+            engine.kept = 0.9 if precision == "float32" else 0.5
             before = engine.gather_state()
             try:
                 check_engine(engine, *arguments)
             except ConfigError as error:
                 finding["refusal"] = str(error)
             finding["refusal differences"] = find_differences(before, engine.gather_state())
-            findings[f"stage {stage}"] = finding
+            findings[f"stage {stage}, {precision}"] = finding
         return findings
 
     def check_measurements(self) -> Findings:
@@ -376,10 +400,12 @@ class Checks:
 
 
 class ForgetfulEngine(TrainingEngine):
-    """An engine that loses a little of what the second and later passes give."""
+    """An engine that loses some of what the last pass gives: a little, or more where rounding hides a little."""
+
+    kept: float
 
     def backward(self, loss: torch.Tensor, *, is_last: bool) -> None:
-        super().backward(loss * (0.9 if is_last else 1.0), is_last=is_last)
+        super().backward(loss * (self.kept if is_last else 1.0), is_last=is_last)
 
 
 def measure(values: torch.Tensor, expected: torch.Tensor) -> float:
@@ -418,6 +444,7 @@ def run_checks(folder: Path, world_size: int) -> int:
     }
     if world_size == 2:
         findings["measurements"] = checks.check_measurements()
+        findings["paths"] = checks.check_paths()  # cells are in use until then
         findings["models"] = checks.check_models(FEW_MODELS)
     return write_findings(checks, findings)
 

@@ -18,9 +18,11 @@ from pathlib import Path
 import pytest
 from interruptions import (
     flip_byte,
+    train_on_a_full_disk,
     train_on_damaged_shard,
     train_on_data_of_rank,
     train_with_signal,
+    train_without_a_run_folder,
     train_without_room_for_the_plan,
 )
 from training_setup import (
@@ -142,14 +144,14 @@ CASES: list[Case] = [
      r"data\.lanes must be a multiple of the number of processes \(2\); got 3\. Start 1, 3 processes, or set data\.lanes=4"),
     ("micro-batches and processes", lambda d, r: ["train.micro_batches=4"], EXIT_CONFIG,
      r"train\.micro_batches must divide data\.lanes / processes \(2\); got 4"),
-    ("a run on other data", _take_other_data, EXIT_FAILURE,
+    ("a run on other data", _take_other_data, EXIT_CONFIG,
      r"must go on with the plan it has begun with, where the fingerprint of each data set is \['\w+'\]; got \['\w+'\]\."),
-    ("more data", _add_data, EXIT_FAILURE,
+    ("more data", _add_data, EXIT_CONFIG,
      r"where data\.folders is \['small'\]; got \['small', 'more'\]\. Set it back, or set data\.rebase=true to change it from"),
-    ("another batch size", lambda d, r: ["data.batch_size=8"], EXIT_FAILURE, r"where data\.batch_size is 6; got 8\. Set it back"),
-    ("other lanes", lambda d, r: ["data.lanes=8"], EXIT_FAILURE, r"where data\.lanes is 4; got 8\. Set it back, or set"),
-    ("other costs", lambda d, r: ["data.cost_per_pair=2"], EXIT_FAILURE, r"where data\.cost_per_pair is 1\.0; got 2\.0\."),
-    ("costs to be measured", lambda d, r: ["data.fit_cost=true"], EXIT_FAILURE, r"where data\.fit_cost is False; got True\."),
+    ("another batch size", lambda d, r: ["data.batch_size=8"], EXIT_CONFIG, r"where data\.batch_size is 6; got 8\. Set it back"),
+    ("other lanes", lambda d, r: ["data.lanes=8"], EXIT_CONFIG, r"where data\.lanes is 4; got 8\. Set it back, or set"),
+    ("other costs", lambda d, r: ["data.cost_per_pair=2"], EXIT_CONFIG, r"where data\.cost_per_pair is 1\.0; got 2\.0\."),
+    ("costs to be measured", lambda d, r: ["data.fit_cost=true"], EXIT_CONFIG, r"where data\.fit_cost is False; got True\."),
     ("an earlier version's order", lambda d, r: [(r / "plan.json").unlink() or "run.name=x"], EXIT_FAILURE,
      r"must hold a plan\.json, which says .* step_00000003 were made of; got none: its order of the data was that of"),
     ("a damaged plan", lambda d, r: [(r / "plan.json").write_text("{}") and "run.name=x"], EXIT_FAILURE,
@@ -168,11 +170,11 @@ CASES: list[Case] = [
      r"data\.weights must be finite numbers, none below zero; got \[1\.5, -0\.5\]\. Change the value\."),
     ("the same data twice", lambda d, r: [*_name_both(d, copy(d, d.with_name("copy")))], EXIT_DATA,
      r"copy must be another data set than .*data; got the same data \(fingerprint \w+\)\."),
-    ("another learning rate", lambda d, r: ["train.learning_rate=1e-4"], EXIT_FAILURE,
+    ("another learning rate", lambda d, r: ["train.learning_rate=1e-4"], EXIT_CONFIG,
      r"must belong to this run; got another run, in which 1 setting differs: train\.learning_rate=0\.002 \(here 0\.0001\)\."),
-    ("another model", lambda d, r: ["model.degrees=[1,2,3,4]"], EXIT_FAILURE,
+    ("another model", lambda d, r: ["model.degrees=[1,2,3,4]"], EXIT_CONFIG,
      r"belong to this run; got another run, in which 1 setting differs: model\.degrees=\[1, 2\] \(here \[1, 2, 3, 4\]\)\."),
-    ("another seed", lambda d, r: ["run.seed=5"], EXIT_FAILURE,
+    ("another seed", lambda d, r: ["run.seed=5"], EXIT_CONFIG,
      r"got another run, in which 1 setting differs: run\.seed=0 \(here 5\)\."),
     ("a folder of other things", _write_foreign_file, EXIT_FAILURE, r"must be empty or hold a run; got other files\."),
     ("a file for a folder", _make_file, EXIT_FAILURE, r"run\.folder .*must be a folder; got a file\."),
@@ -206,8 +208,11 @@ def test_a_run_folder_in_use_is_refused(dataset: Path, tmp_path: Path) -> None:
         while not (tmp_path / "run" / "run.json").is_file():
             assert first.is_alive()
             time.sleep(0.01)
-        outcome = run_processes(tmp_path / "second", 2, train, settings, ranks=[0])
-    assert outcome.codes == (EXIT_FAILURE,), str(outcome)
+        start = time.monotonic()
+        outcome = run_processes(tmp_path / "second", 2, train, settings)
+    assert outcome.codes == (EXIT_FAILURE, EXIT_DATA), str(outcome)
+    assert time.monotonic() - start < 60, "the other process was told at once"
+    assert "so3krates: another process must be able to start as well; got an error." in outcome.outputs[1]
     assert re.fullmatch(
         r"so3krates: run\.folder .*run must be used by one run at a time; got another running process: \d+ on \S+, since [-\d: ]+\."
         r" Wait for .*\n",
@@ -244,6 +249,31 @@ class TestTheStartOfSeveralProcesses:
         assert re.search(rf"(?m)^so3krates: .*{rule}", outcome.outputs[0]), str(outcome)
         assert "so3krates: another process must be able to start as well" in outcome.outputs[1]
         assert run_processes(tmp_path / "log", 2, train, [*settings, "train.stop_at=2"]).codes == (EXIT_DONE,) * 2
+
+    def test_no_room_for_the_configuration(self, dataset: Path, tmp_path: Path) -> None:
+        """The lock finds room, what comes next does not."""
+        settings = make_settings(dataset, tmp_path / "run")
+        outcome = run_processes(tmp_path / "log", 2, train_on_a_full_disk, settings, -1, 300)
+        assert outcome.codes == (EXIT_FAILURE, EXIT_DATA), str(outcome)
+        assert (
+            "run must find room on a disk that can be written to; got [Errno 27] File too large" in outcome.outputs[0]
+        )
+        assert "so3krates: another process must be able to start as well" in outcome.outputs[1]
+
+    @pytest.mark.parametrize("gone", [False, True], ids=["full", "gone"])
+    def test_no_room_for_the_best_model(self, dataset: Path, tmp_path: Path, gone: bool) -> None:
+        """It is written between two checkpoints, by one process; all say why they end."""
+        run = tmp_path / "run"
+        settings = make_settings(dataset, run, "train.validate_every=4", f"train.save_every={100 if gone else 2}")
+        function, arguments = (train_without_a_run_folder, ()) if gone else (train_on_a_full_disk, (4000,))
+        outcome = run_processes(tmp_path / "log", 2, function, settings, 3, *arguments)
+        assert outcome.codes == (EXIT_FAILURE, EXIT_FAILURE), str(outcome)
+        for said in outcome.outputs:
+            assert re.search(r"(?m)^so3krates: .*must find room on a disk .*(File too large|No such file)", said), said
+            assert "Traceback" not in said
+        assert run.exists() != gone, "what has vanished must not come back half empty"
+        if not gone:
+            assert find_checkpoint(run / "checkpoints")[0] == run / "checkpoints" / "step_00000002"
 
 
 class TestCheckpoints:

@@ -13,7 +13,7 @@ from loopback import serve
 from training_setup import find_differences, make_config, make_graphs, make_settings, read_state, run_processes, train
 
 from so3krates_dist.data.folder import open_dataset
-from so3krates_dist.errors import EXIT_DATA, EXIT_DONE
+from so3krates_dist.errors import EXIT_CONFIG, EXIT_DATA, EXIT_DONE, EXIT_FAILURE
 from so3krates_dist.graph import Graph
 from so3krates_dist.metrics import read_metrics
 from so3krates_dist.train.evaluate import evaluate_run
@@ -105,7 +105,7 @@ def test_a_change_in_mid_run_is_recorded_and_can_be_resumed(root: Path, tmp_path
     for folder in (whole, target):
         run(folder, *one, "train.stop_at=5")
     first = read_state(whole, 5)
-    refused = run(target, *both, world_size=2, code=1)
+    refused = run(target, *both, world_size=2, code=EXIT_CONFIG)
     assert "where data.folders is ['morse']; got ['morse', 'dft']. Set it back, or set data.rebase=true" in refused
     changed = (*both, "data.rebase=true")
     said = run(whole, *changed, world_size=2)
@@ -121,7 +121,7 @@ def test_a_change_in_mid_run_is_recorded_and_can_be_resumed(root: Path, tmp_path
     assert find_differences(read_state(whole, 40), read_state(target, 40)) == {}
     assert json.loads((target / "plan.json").read_text()) == plan
     assert "New plan" not in run(target, *both, world_size=2), "it has been asked for, and is the run's plan now"
-    refused = run(target, *both[:-1], world_size=2, code=1)
+    refused = run(target, *both[:-1], world_size=2, code=EXIT_CONFIG)
     assert "where data.loss_weights is [2.0, 0.5]; got [1.0, 1.0]. Set it back, or set data.rebase=true" in refused
 
 
@@ -227,7 +227,7 @@ def test_an_old_run_goes_on_with_a_new_order(root: Path, tmp_path: Path) -> None
     target, data = tmp_path / "run", f"data.folder={root / 'morse'}"
     run(target, data, "train.stop_at=11")
     (target / "plan.json").unlink()
-    said = run(target, data, code=1)
+    said = run(target, data, code=EXIT_FAILURE)
     assert "must hold a plan.json, which says what its steps until step_00000011 were made of; got none" in said
     run(target, data, "data.rebase=true")
     segments = json.loads((target / "plan.json").read_text())["segments"]

@@ -90,6 +90,10 @@ WRONG_TRAINING = [
     ),
     # what does not go together
     (
+        "train.spike_factor=8 train.weights_until=9 train.final_energy_weight=9",
+        "train.spike_factor must be 0 with train.weights_until; got 8.0. A loss whose weights change rises without a spike.",
+    ),
+    (
         "train.final_learning_rate=0 train.schedule=exponential",
         "train.final_learning_rate must be greater than zero with train.schedule=exponential; got 0.0.",
     ),

@@ -1,6 +1,7 @@
 """The record survives what can happen to it, and nothing that happens to W&B stops a run."""
 
 import contextlib
+import errno
 import io
 import json
 import math
@@ -311,6 +312,8 @@ def test_line_has_human_units() -> None:
         "step    50/10000  train       loss 0.25  E 0.70 meV/atom  F 25.3 meV/Å  lr 1.0e-03  |g| 2  240 conformers/s"
         "  data wait 0.3 %  ETA 1:02:05"
     )
+    assert "skipped" not in format_record("train", 50, {**TRAIN, "skipped_steps": 0.0}, 100)
+    assert format_record("train", 50, {**TRAIN, "skipped_steps": 2.0}, 100).endswith("F 25.3 meV/Å  skipped steps 2")
     assert format_record("event", 7, {"event": "resumed"}, 10) == "step  7/10  event       event resumed"
     assert metrics.format_duration(59.6) == "1:00"
 
@@ -348,6 +351,52 @@ def test_lines_have_eta_from_the_second_on(tmp_path: Path, capsys: pytest.Captur
     lines = capsys.readouterr().out.splitlines()
     assert ["ETA" in line for line in lines] == [False, True, False, False]
     assert lines[3] == "a message"
+
+
+class FailingStream(io.StringIO):
+    """A file whose disk is full, or a pipe that nobody reads, for some of the writes."""
+
+    def __init__(self, error: int, failing: range) -> None:
+        super().__init__()
+        self.error, self.failing, self.count = error, failing, 0
+
+    def write(self, text: str) -> int:
+        self.count += 1
+        if self.count in self.failing:
+            raise OSError(self.error, os.strerror(self.error))
+        return super().write(text)
+
+
+def test_full_disk_under_the_console_is_said_once_and_survived(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stream = FailingStream(errno.ENOSPC, range(1, 4))
+    monkeypatch.setattr(sys, "stdout", stream)
+    with MetricsLogger(tmp_path, make_config(), is_main=True) as logger:
+        for step in (1, 2, 3, 4):
+            logger.log("train", step, TRAIN)
+        logger.message("a message")
+    assert [r["step"] for r in read_metrics(tmp_path / METRICS_NAME)] == [1, 2, 3, 4], "the record is complete"
+    assert stream.getvalue().endswith("a message\n"), "what comes when there is room again is there"
+    assert capsys.readouterr().err == "lines are lost: standard output: No space left on device\n"
+
+
+def test_full_disk_under_all_output_is_survived(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stream = FailingStream(errno.ENOSPC, range(1, 1000))
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setattr(sys, "stderr", stream)
+    with MetricsLogger(tmp_path, make_config(), is_main=True) as logger:
+        for step in (1, 2):
+            logger.log("train", step, TRAIN)
+    assert [r["step"] for r in read_metrics(tmp_path / METRICS_NAME)] == [1, 2]
+
+
+def test_a_pipe_that_nobody_reads_ends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", FailingStream(errno.EPIPE, range(1, 1000)))
+    with MetricsLogger(tmp_path, make_config(), is_main=True) as logger, pytest.raises(BrokenPipeError):
+        logger.log("train", 1, TRAIN)
 
 
 def test_console_can_be_off(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,12 +5,26 @@ There is no TF32 on a CPU; it is emulated (tests/rounding.py).
 
 import copy
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from rounding import RoundedProducts
-from structures import OPTIONS, PERIODIC, compute, make_batch, make_crystal, make_molecule, make_potential, measure
+from structures import (
+    OPTIONS,
+    PERIODIC,
+    SO3KRATES,
+    SO3LR,
+    TRANSFORMERS,
+    compute,
+    make_batch,
+    make_crystal,
+    make_molecule,
+    make_potential,
+    measure,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from so3krates_dist.model.exact import compute_exactly, multiply_exactly
 from so3krates_dist.model.potential import Potential, compute_vectors
@@ -59,6 +73,41 @@ def test_a_model_is_set_by_itself() -> None:
     one, other = make_potential(), make_potential()
     one.set_precision("bf16-mixed")
     assert find_dtypes(other) == {None}
+
+
+class Bf16Use(TorchDispatchMode):
+    """Keeps which tensors are rounded to bfloat16, and to which dtype sums of bfloat16 go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rounded: set[int] = set()
+        """where their memory begins"""
+        self.sums: list[torch.dtype] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        """Run one operation."""
+        result = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if name == "_to_copy" and result.dtype == torch.bfloat16:
+            self.rounded.add(args[0].untyped_storage().data_ptr())
+        if name == "sum" and args[0].dtype == torch.bfloat16:
+            self.sums.append(result.dtype)
+        return result
+
+
+@pytest.mark.parametrize("options", [*TRANSFORMERS, *SO3KRATES, *SO3LR])
+def test_radial_filters_and_sums_over_heads_are_not_rounded(options: str) -> None:
+    """Rounding these filters too adds a third to two thirds to the error of forces (tests/benchmarks/precision.md)."""
+    potential = make_potential(options, torch.float32)
+    potential.set_precision("bf16-mixed")
+    batch = make_batch([make_molecule()], potential.cutoffs, torch.float32)
+    with torch.no_grad(), Bf16Use() as use:
+        potential.network(batch, compute_vectors(batch))
+    is_rounded = {n: p.untyped_storage().data_ptr() in use.rounded for n, p in potential.named_parameters()}
+    assert not any(rounded for name, rounded in is_rounded.items() if ".radial_filter." in name)
+    kinds = (".spherical_filter.weight", ".feature_projections.weight", ".geometric_projections.weight")
+    assert all(rounded for name, rounded in is_rounded.items() if name.endswith(kinds))
+    assert use.sums == [torch.float32] * 2 * len(potential.network.layers), "of both kinds of attention, in each layer"
 
 
 def test_exact_products_are_plain_ones_where_nothing_is_rounded() -> None:

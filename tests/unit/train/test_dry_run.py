@@ -83,13 +83,27 @@ def test_several_processes_for_a_machine_with_gpus(dry, monkeypatch):
         "note: train.device=cuda: there is no GPU here, so neither its memory nor whether it can do train.precision"
     )
     assert "4 process(es) on cuda" in out
-    assert "Memory of each of 4 process(es); the peak has" in out
+    assert "Memory of each of 4 process(es):\n" in out
+    assert "\nexchange: buffers in which processes add up gradients and put weights together, when activations" in out
     assert "which wait for each other" in out
     assert "on CPUs a process keeps memory" not in out
     assert "s for the share of one process" in out
     assert "; 4 processes were not measured" in out
     assert re.search(r"\n  3, optimizer on the CPU  <- this run .* [kM]B\n", out)
     assert "Next: `deepspeed --num_accelerators 4 launch/train.py model.num_features=8" in out
+
+
+@pytest.mark.parametrize("world_size", [8, 16])
+def test_more_processes_than_one_machine_has_are_started_on_several(dry, world_size):
+    _, out, _ = dry("data.lanes=16", "data.batch_size=16", world_size=world_size)
+    note = (
+        "note: 16 processes are more than most machines have GPUs (8), so the command below is for a Slurm job of as many tasks,"
+        " with MASTER_ADDR and MASTER_PORT exported; without Slurm put `deepspeed --hostfile FILE` in place of `srun python`,"
+        " FILE with a line `MACHINE slots=8` for each machine\nNext: `srun python launch/train.py model."
+    )
+    assert (note in out) == (world_size == 16)
+    assert ("Next: `deepspeed --num_accelerators 8 launch/train.py model." in out) == (world_size == 8)
+    assert ("steps: 1 conformer, " in out) == (world_size == 16)
 
 
 def test_stages_that_the_settings_do_not_allow_are_left_out_of_the_table(dry):
@@ -216,7 +230,7 @@ def test_a_run_with_other_settings_is_refused_with_what_differs(dry, dataset, tm
     outcome = run_processes(tmp_path / "log", 1, train, settings)
     assert outcome.codes == (0,), outcome
     code, _, err = dry("train.num_steps=5", "train.learning_rate=0.5")
-    assert code == EXIT_FAILURE
+    assert code == EXIT_CONFIG
     assert "train.learning_rate" in err
     assert "0.002" in err
 

@@ -1,11 +1,13 @@
 """The engine in one process: what DeepSpeed is told, and what a state that does not fit gets. Its numbers: tests/distributed."""
 
+import gc
 import os
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from live_bytes import LiveBytes
 from training_setup import make_config, make_graphs
 
 from so3krates_dist.config import TrainSection
@@ -16,6 +18,7 @@ from so3krates_dist.graph import collate
 from so3krates_dist.model.potential import ModelStatistics
 from so3krates_dist.model.registry import build_model
 from so3krates_dist.train.engine import TrainingEngine, build_deepspeed_config
+from so3krates_dist.train.zero3 import find_piece
 
 CPU = torch.device("cpu")
 STAGES = (0, 1, 2, 3)
@@ -49,26 +52,33 @@ class TestDeepspeedConfig:
     @pytest.mark.parametrize("clipping", [0.0, 0.5, 10.0])
     def test_clipping_is_always_written(self, clipping: float) -> None:
         """DeepSpeed clips at 1.0 where the key is absent."""
-        assert build_deepspeed_config(TrainSection(gradient_clipping=clipping), 10)["gradient_clipping"] == clipping
+        assert build_deepspeed_config(TrainSection(gradient_clipping=clipping), [7, 3])["gradient_clipping"] == clipping
 
     def test_nothing_rounds_the_master_weights(self) -> None:
-        config = build_deepspeed_config(TrainSection(), 10)
+        config = build_deepspeed_config(TrainSection(), [7, 3])
         assert not {"fp16", "bf16", "amp", "optimizer", "scheduler"} & set(config)
 
     def test_sections_arrive(self) -> None:
-        config = build_deepspeed_config(TrainSection(zero_stage=2), 10)
+        config = build_deepspeed_config(TrainSection(zero_stage=2), [7, 3])
         assert config["zero_optimization"]["stage"] == 2
+
+    @pytest.mark.parametrize("stage", [1, 2, 3])
+    def test_buckets_are_small_but_hold_the_largest_tensor(self, stage: int) -> None:
+        """DeepSpeed's own of stages 1 and 2 has 2 GB; one for all gradients undoes what stage 3 saves."""
+        for weights, bucket in (([7, 3], 8), ([2] * 80, 10), ([1], 2)):
+            zero = build_deepspeed_config(TrainSection(zero_stage=stage), weights)["zero_optimization"]
+            assert zero["reduce_bucket_size"] == zero["allgather_bucket_size"] == bucket
 
     def test_the_optimizer_may_be_offloaded(self) -> None:
         """And is torch's all the same: DeepSpeed's own has to be compiled."""
-        config = build_deepspeed_config(TrainSection(zero_stage=1, offload_optimizer=True), 10)
+        config = build_deepspeed_config(TrainSection(zero_stage=1, offload_optimizer=True), [7, 3])
         assert config["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
         assert config["zero_force_ds_cpu_optimizer"] is False
-        assert "offload_optimizer" not in build_deepspeed_config(TrainSection(), 10)["zero_optimization"]
+        assert "offload_optimizer" not in build_deepspeed_config(TrainSection(), [7, 3])["zero_optimization"]
 
     def test_deepspeed_divides_nothing_by_the_number_of_passes(self) -> None:
         """Which varies from step to step; the loss has been divided by what the whole step has."""
-        config = build_deepspeed_config(TrainSection(micro_batches=4), 10)
+        config = build_deepspeed_config(TrainSection(micro_batches=4), [7, 3])
         assert config["gradient_accumulation_steps"] == 1
 
     def test_deepspeed_takes_it_as_it_is_meant(self, processes: None) -> None:
@@ -180,11 +190,50 @@ def test_weights_are_in_parts_between_passes_at_stage_3(processes: None, checkpo
     engine.backward(outputs["forces"].square().sum(), is_last=True)
     assert not any(p.numel() for p in engine.potential.parameters())
     assert engine.step(1e-2).applied
-    with engine.whole_weights() as weights:
-        assert all(w.numel() for w in weights)
-        assert all(p.numel() for p in engine.potential.parameters())
-    assert not any(p.numel() for p in engine.potential.parameters())
     assert torch.nn.functional.linear.__module__ != "deepspeed.runtime.zero.linear"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_weights_are_lent_a_few_at_a_time_at_stage_3(processes: None, stage: int) -> None:
+    engine = build_engine(f"train.zero_stage={stage}")
+    sizes = [shape.numel() for shape in engine._shapes.values()]
+    lent, groups = [], []
+    for group in engine.lend_weights():
+        assert sum(p.numel() for p in engine.potential.parameters()) == (sum(sizes) if stage < 3 else count(group))
+        lent += [weight.clone() for weight in group]
+        groups.append((group, count(group)))
+    state = engine.gather_state()
+    names = [name for name, _ in engine.potential.named_parameters()]
+    assert all(torch.equal(w, state[f"weight.{name}"]) for w, name in zip(lent, names, strict=True))
+    if stage < 3:
+        assert [number for _, number in groups] == [sum(sizes)]
+    else:
+        assert len(groups) > 2
+        assert max(number for _, number in groups) <= find_piece(sizes)
+        assert not any(group for group, _ in groups), "what was lent is let go"
+        assert not any(p.numel() for p in engine.potential.parameters())
+
+
+def count(tensors: list[torch.Tensor]) -> int:
+    return sum(tensor.numel() for tensor in tensors)
+
+
+def test_lending_may_be_given_up(processes: None) -> None:
+    """Nothing stays put together."""
+    engine = build_engine("train.zero_stage=3")
+    groups = engine.lend_weights()
+    assert next(groups)
+    groups.close()  # type: ignore[attr-defined] # it is a generator
+    assert not any(p.numel() for p in engine.potential.parameters())
+
+
+def test_nothing_keeps_a_copy_of_all_weights_at_stage_3(processes: None) -> None:
+    """One process: weights, gradients, and the optimizer's weights and two moments, each once; and a bucket."""
+    with LiveBytes() as live:
+        engine = build_engine("train.zero_stage=3", "model.num_features=64")
+        sizes = [shape.numel() for shape in engine._shapes.values()]
+        gc.collect()
+        assert 5 * sum(sizes) <= live.now / 4 < 5.1 * sum(sizes) + find_piece(sizes)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])

@@ -225,3 +225,18 @@ class TestStopRequest:
             stop.close()
         assert not (tmp_path / "STOP").exists(), "the next start must not stop at once"
         stop.close()
+
+    def test_a_file_server_that_is_away(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """It must not end a run in the midst of a step, nor a run that has saved with another exit code."""
+        stop = StopRequest(tmp_path)
+
+        def fail(*_: object, **__: object) -> None:
+            raise OSError(116, "Stale file handle")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "exists", fail)
+            patch.setattr(Path, "unlink", fail)
+            assert not stop.is_pending()
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stop.is_pending()
+            stop.close()

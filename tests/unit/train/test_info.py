@@ -12,6 +12,11 @@ from so3krates_dist.model.potential import ModelStatistics
 from so3krates_dist.model.registry import build_model, save_model
 from so3krates_dist.train import info
 
+PROOF = {
+    "proof_forces_error": 2.1e-6, "proof_forces_relative": 1.2e-6, "proof_energy_error": 3e-7, "proof_net_force": 4e-5,
+    "proof_rotation_error": 5e-6,
+}  # fmt: skip
+
 
 @pytest.fixture
 def run_folder(tmp_path):
@@ -23,7 +28,8 @@ def run_folder(tmp_path):
     (folder / "run.json").write_text(json.dumps({"data_fingerprint": "0123456789abcdef", "package_version": "1.2.3"}))
     lines = [
         {"kind": "train", "step": 10, "seconds": 1.0, "loss": 2.0},
-        {"kind": "validation", "step": 10, "seconds": 1.5, "forces_mae": 0.25},
+        {"kind": "proof", "step": 0, "seconds": 0.5, **PROOF},
+        {"kind": "validation", "step": 10, "seconds": 1.5, "forces_mae": 0.25, "energy_rmse_per_atom": 0.0125, "x": 3},
         {"kind": "train", "step": 20, "seconds": 2.0, "loss": 1.0},
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -107,16 +113,28 @@ def test_a_run_folder_is_described(run_folder, capsys):
     for text in (
         "mine", "here", "step_00000020", "run.json: data_fingerprint", "0123456789abcdef",
         "run.json: package_version", "1.2.3", "train at step 20", "loss 1", "validation at step 10",
-        "forces_mae 0.25", "euclidean_transformer", "none yet", "evaluation/parity_forces.png",
+        "forces_mae 250 meV/Å, energy_rmse_per_atom 12.5 meV/atom, x 3\n",
+        "euclidean_transformer", "none yet", "evaluation/parity_forces.png",
     ):  # fmt: skip
         assert text in out, text
+
+
+def test_the_proof_of_precision_has_words_and_units(run_folder):
+    assert dict(info.describe_run(run_folder))["proof at step 0"] == (
+        "seconds 0.5, forces off float64 0.0021 meV/Å, of their size 1.2e-06, energies off float64 0.0003 meV/atom,"
+        " largest net force 0.04 meV/Å, largest change of forces with a rotation 0.005 meV/Å"
+    )
 
 
 def test_a_run_that_has_only_begun_is_described(run_folder):
     for name in ("run.json", "metrics.jsonl", "evaluation/parity_forces.png"):
         (run_folder / name).unlink()
+    stored = run_folder / "skipped" / "step_00000007"
+    stored.mkdir(parents=True)
+    (stored / "facts.json").write_text("{}")
     rows = dict(info.describe_run(run_folder))
     assert rows["pictures"] == "none"
+    assert rows["skipped steps"] == "7; `so3krates replay RUN STEP` repeats one"
     assert rows["checkpoints"] == "step_00000020"
 
 

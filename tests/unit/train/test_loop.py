@@ -2,7 +2,10 @@
 
 import dataclasses
 import json
+import re
+import sys
 import types
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +93,7 @@ class TestWhatARunLeaves:
                      "data_wait_share", "epoch", "skipped_steps"):  # fmt: skip
             assert np.isfinite(train[name]), name
         assert train["epoch"] == pytest.approx(6 / 24)
+        assert not any(name.startswith("weight/") for name in train), "they do not change"
 
     def test_the_exported_model_is_the_best_one(self, run: Path, dataset: Path) -> None:
         """Loaded anew, it has the validation error that the record says is the smallest."""
@@ -133,6 +137,8 @@ class TestBestModel:
         state.engine = types.SimpleNamespace(load_state=lambda _: None)  # type: ignore[assignment]
         state.guard, state.plateau, state.progress = StepGuard(config.train), Plateau(config.train), Progress()
         training.state = state
+        writer: Any = types.SimpleNamespace(write_now=lambda write: write())
+        state.writer = writer
         return training
 
     def validate(self, training: Training, step: int) -> None:
@@ -180,6 +186,41 @@ class TestBestModel:
         self.validate(training, 8)
         self.validate(training, 9)
         assert saved == best
+
+
+def train_and_tell(settings: Sequence[str]) -> int:
+    """Train, each process with a line on its standard error for what it makes of each evaluation."""
+    follow = Training.follow_plateau
+
+    def follow_and_tell(training: Training, score: float) -> None:
+        follow(training, score)
+        print(f"score {score!r} factor {training.state.plateau.factor}", file=sys.stderr, flush=True)
+
+    Training.follow_plateau = follow_and_tell  # type: ignore[assignment, method-assign]  # in a process of its own
+    return train(settings)
+
+
+def test_what_changes_in_the_course_of_a_run_is_said_and_recorded(dataset: Path, tmp_path: Path) -> None:
+    """A plateau, since the weights stay the same to the last bit, and weights of the loss that move."""
+    run = tmp_path / "run"
+    more = (
+        "train.num_steps=8", "train.validate_every=2", "train.schedule=plateau", "train.plateau_patience=1",
+        "train.learning_rate=1e-30", "train.final_learning_rate=4e-31", "train.warmup_steps=1", "train.weights_until=4",
+        "train.energy_weight=0.1", "train.final_energy_weight=0.5",
+    )  # fmt: skip
+    outcome = run_processes(tmp_path / "log", 2, train_and_tell, make_settings(dataset, run, *more))
+    assert outcome.codes == (EXIT_DONE, EXIT_DONE), str(outcome)
+    said = re.findall(r"learning rate times .*\S", outcome.outputs[0])
+    rest = "from here on: no better held-out error in 1 evaluation"
+    assert said == [f"learning rate times {ratio} {rest}" for ratio in ("0.5", "0.8")], "down to the final rate"
+    told = [re.findall(r"score .*", output) for output in outcome.outputs]
+    assert told[0] == told[1], "all processes decide alike"
+    assert [line.split()[-1] for line in told[0]] == ["1.0", "0.5", "0.4", "0.4"]
+    records = [r for r in read_metrics(run / "metrics.jsonl") if r["kind"] == "train"]
+    assert [r["learning_rate"] for r in records[2:]] == pytest.approx([1e-30] * 2 + [5e-31] * 2 + [4e-31] * 2, rel=1e-6)
+    energy = [r["weight/energy"] for r in records]
+    assert energy == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.5, 0.5, 0.5], rel=1e-9)
+    assert {r["weight/forces"] for r in records} == {records[0]["weight/forces"]}
 
 
 def test_training_learns(dataset: Path, tmp_path: Path) -> None:

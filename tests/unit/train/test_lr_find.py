@@ -71,8 +71,8 @@ class TestReading:
 
     def test_the_line_for_the_user(self) -> None:
         assert RateSpan(2e-4, 3e-3, False).describe() == (
-            "train.learning_rate: between 2.0e-04 and 3.0e-03, from half of the fall of the loss to its end"
-            " (range test after Smith, arXiv:1506.01186)"
+            "train.learning_rate: start from 3.0e-03, the upper end of 2.0e-04 to 3.0e-03 (from half of the fall of the loss to its"
+            " end): an order of magnitude, not the best rate (range test after Smith, arXiv:1506.01186)"
         )
 
     def test_the_mean_has_no_lag_and_keeps_straight_lines(self) -> None:

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import re
 from typing import Any
 
 import pytest
@@ -218,12 +219,12 @@ class TestPlateau:
 
     def test_a_series_of_scores(self) -> None:
         plateau = Plateau(SCHEDULES["plateau"])
-        assert [plateau.record(score) for score in self.SCORES] == list(self.LOWERED)
+        assert [plateau.record(score, 50) for score in self.SCORES] == list(self.LOWERED)
         assert plateau.factor == 0.5 ** sum(self.LOWERED)
 
     def test_it_stops_at_the_final_rate(self) -> None:
         plateau = Plateau(SCHEDULES["plateau"])
-        lowered = [plateau.record(1.0) for _ in range(100)]
+        lowered = [plateau.record(1.0, 50) for _ in range(100)]
         assert sum(lowered) == 7  # 2^-7 is below 1e-2
         assert plateau.factor == pytest.approx(1e-2, rel=1e-12)
         assert compute_learning_rate(50, SCHEDULES["plateau"], plateau.factor) == pytest.approx(1e-5, rel=1e-12)
@@ -231,17 +232,32 @@ class TestPlateau:
     @pytest.mark.parametrize("name", ["cosine", "exponential", "constant"])
     def test_other_schedules_have_none(self, name: str) -> None:
         plateau = Plateau(SCHEDULES[name])
-        assert not any(plateau.record(1.0) for _ in range(50))
+        assert not any(plateau.record(1.0, 50) for _ in range(50))
         assert plateau.factor == 1.0
 
     @pytest.mark.parametrize("cut", range(len(SCORES) + 1))
     def test_it_goes_on_where_it_was_saved(self, cut: int) -> None:
         plateau = Plateau(SCHEDULES["plateau"])
-        first = [plateau.record(score) for score in self.SCORES[:cut]]
+        first = [plateau.record(score, 50) for score in self.SCORES[:cut]]
         state = json.loads(json.dumps(plateau.get_state(), allow_nan=False))
         other = Plateau(SCHEDULES["plateau"])
         other.set_state(state)
-        assert first + [other.record(score) for score in self.SCORES[cut:]] == list(self.LOWERED)
+        assert first + [other.record(score, 50) for score in self.SCORES[cut:]] == list(self.LOWERED)
+
+    def test_nothing_is_counted_while_the_rate_rises(self) -> None:
+        section = SCHEDULES["plateau"]
+        plateau = Plateau(section)
+        assert section.warmup_steps
+        assert not any(plateau.record(1.0, section.warmup_steps - 1) for _ in range(50))
+        assert plateau.get_state() == Plateau(section).get_state()
+
+    def test_scores_of_other_conformers_are_forgotten(self) -> None:
+        """A harder set came in: its errors are all above the best of before."""
+        section = SCHEDULES["plateau"]
+        plateau = Plateau(section)
+        plateau.record(1.0, 50)
+        plateau.forget_scores()
+        assert not any(plateau.record(9.0 - 0.1 * number, 50) for number in range(50))
 
     def test_nothing_is_the_beginning(self) -> None:
         """What older checkpoints have of it."""
@@ -266,7 +282,7 @@ class TestWeightMean:
             with torch.no_grad():
                 for p in potential.parameters():
                     p.add_(torch.randn_like(p))
-            mean.update(potential.parameters(), step)
+            mean.update([list(potential.parameters())], step)
             decay = min(0.5, (1 + step) / (10 + step))
             expected = [
                 decay * e + (1 - decay) * p.detach() for e, p in zip(expected, potential.parameters(), strict=True)
@@ -278,9 +294,26 @@ class TestWeightMean:
         mean = WeightMean(potential, 0.0)
         with torch.no_grad():
             potential.network.readout.bias.fill_(7.0)  # type: ignore[union-attr, operator]
-        mean.update(potential.parameters(), 5)
+        mean.update([list(potential.parameters())], 5)
         for found, weight in zip(mean.potential.parameters(), potential.parameters(), strict=True):
             assert torch.equal(found, weight)
+
+    @pytest.mark.parametrize("size", [1, 2, 5])
+    def test_groups_of_weights_give_the_same_bits_as_all_at_once(self, potential: Potential, size: int) -> None:
+        whole, parts = WeightMean(potential, 0.9), WeightMean(potential, 0.9)
+        weights = list(potential.parameters())
+        for step in range(5):
+            with torch.no_grad():
+                for weight in weights:
+                    weight.add_(torch.randn_like(weight))
+            whole.update([weights], step)
+            parts.update((weights[start : start + size] for start in range(0, len(weights), size)), step)
+        pairs = zip(whole.potential.parameters(), parts.potential.parameters(), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+
+    def test_too_few_weights_are_a_mistake(self, potential: Potential) -> None:
+        with pytest.raises(AssertionError):
+            WeightMean(potential, 0.9).update([list(potential.parameters())[:-1]], 0)
 
     def test_it_is_a_model_of_its_own(self, potential: Potential) -> None:
         potential.train()
@@ -305,7 +338,7 @@ class TestWeightMean:
         with torch.no_grad():
             for p in potential.parameters():
                 p.add_(1.0)
-        mean.update(potential.parameters(), 0)
+        mean.update([list(potential.parameters())], 0)
         assert all(torch.equal(v, before[k]) for k, v in state.items())
 
     def test_the_constant_weights_stay_exactly(self) -> None:
@@ -315,5 +348,16 @@ class TestWeightMean:
         mean = WeightMean(network, 0.999)  # type: ignore[arg-type]
         before = [p.clone() for p in network.parameters()]
         for step in range(100):
-            mean.update(network.parameters(), step)
+            mean.update([list(network.parameters())], step)
         assert all(torch.equal(a, b) for a, b in zip(mean.potential.parameters(), before, strict=True))
+
+
+def test_a_mean_of_another_model_is_refused() -> None:
+    mean = WeightMean(make_potential(), 0.9)
+    state = mean.get_state()
+    name, tensor = next(iter(state.items()))
+    for damaged in ({k: v for k, v in state.items() if k != name}, state | {name: torch.zeros(*tensor.shape, 2)}):
+        with pytest.raises(
+            CheckpointError, match=rf"`{re.escape(name)}` must have the shape .*; got .*Resume with the"
+        ):
+            mean.load_state(damaged)

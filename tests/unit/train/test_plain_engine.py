@@ -136,14 +136,17 @@ def test_a_gradient_that_is_not_finite_or_given_up_changes_nothing() -> None:
 def test_weights_without_a_gradient_decay_like_the_others() -> None:
     """As under ZeRO, where no gradient is a gradient of zero."""
     engine, *_ = build("train.weight_decay=0.5")
-    names = [name for name, _ in engine.potential.named_parameters()]
-    with engine.whole_weights() as weights:
-        before = {n: w.clone() for n, w in zip(names, weights, strict=True)}
+    before = engine.gather_state()
     assert engine.step(0.1).applied
-    with engine.whole_weights() as weights:
-        after = dict(zip(names, weights, strict=True))
-    name = "network.readout.weight"
+    after = engine.gather_state()
+    name = "weight.network.readout.weight"
     torch.testing.assert_close(after[name], before[name] * (1 - 0.1 * 0.5))
+
+
+def test_weights_are_lent_in_one_group() -> None:
+    engine, *_ = build()
+    (group,) = [list(group) for group in engine.lend_weights()]
+    assert [w.data_ptr() for w in group] == [p.data_ptr() for p in engine.potential.parameters()]
 
 
 def test_groups_have_learning_rates_of_their_own() -> None:
@@ -151,3 +154,18 @@ def test_groups_have_learning_rates_of_their_own() -> None:
     optimizer = torch.optim.AdamW(groups)
     set_rates(optimizer, 0.1)
     assert [group["lr"] for group in optimizer.param_groups] == [0.025, 0.1]
+
+
+@pytest.mark.parametrize("limit", [0.0, 0.01, 1e6])
+def test_the_gradient_is_clipped_to_its_largest_norm(limit: float) -> None:
+    engine, graphs, settings = build("train.precision=float64", f"train.gradient_clipping={limit}")
+    section = make_config("data", "run", "train.zero_stage=0", *settings).train
+    batch = collate(graphs).to(CPU, engine.dtype)
+    weights = compute_weights(0, section)
+    loss, _ = compute_loss(engine.forward(batch), batch, count_labels(batch), section, weights, 0.5)
+    engine.backward(loss, is_last=True)
+    norm = engine.step(1e-3).gradient_norm
+    means = [t for name, t in engine.gather_state().items() if name.startswith("exp_avg.")]
+    used = float(torch.nn.utils.get_total_norm(means)) / (1 - section.adam_beta1)
+    assert norm > 0.1, "before clipping"
+    assert used == pytest.approx(0.01 if limit == 0.01 else norm, rel=1e-5)

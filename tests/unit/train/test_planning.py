@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -16,7 +17,7 @@ from so3krates_dist.data import stream as stream_module
 from so3krates_dist.data.mixture import Mixture
 from so3krates_dist.data.plan import Plan, Schedule
 from so3krates_dist.data.stream import TrainingStream
-from so3krates_dist.errors import CheckpointError, DataError
+from so3krates_dist.errors import CheckpointError, ConfigError, DataError
 from so3krates_dist.train import planning
 from so3krates_dist.train.planning import (
     PlanRecord,
@@ -144,6 +145,21 @@ class TestFile:
         ):
             read_record(tmp_path)
 
+    def test_another_digit_anywhere_is_found(self, root: Path, tmp_path: Path) -> None:
+        """A baseline with another digit would be trained with. Files of earlier versions have no checksum."""
+        write_record(tmp_path, begin(root / "a")[1])
+        path = tmp_path / "plan.json"
+        text = path.read_text()
+        content = json.loads(text)
+        del content["checksum"]
+        path.write_text(json.dumps(content))
+        assert read_record(tmp_path) == begin(root / "a")[1]
+        digits = [m.start() for m in re.finditer("[0-9]", text)]
+        for place in digits[:: len(digits) // 20]:
+            path.write_text(f"{text[:place]}{(int(text[place]) + 1) % 10}{text[place + 1 :]}")
+            with pytest.raises(CheckpointError, match=r"got a damaged one|format 1 or lower"):
+                read_record(tmp_path)
+
     def test_the_future(self, tmp_path: Path) -> None:
         (tmp_path / "plan.json").write_text('{"format": 2}')
         with pytest.raises(CheckpointError, match=r"plan\.json must have format 1 or lower; got 2\. Install a newer"):
@@ -188,7 +204,7 @@ class TestChanges:
         assert found is not None
         assert found == (name, before, pytest.approx(now, abs=1e-8) if isinstance(now, list) else now)
         with pytest.raises(
-            CheckpointError, match=r"must go on with the plan it has begun with, where .* is .*; got .*\. Set it back"
+            ConfigError, match=r"must go on with the plan it has begun with, where .* is .*; got .*\. Set it back"
         ):
             check_plan(config, mixture, record)
         check_plan(configure(*folders, more=(more, "data.rebase=true")), mixture, record)

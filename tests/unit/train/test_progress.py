@@ -30,6 +30,7 @@ class TestProgress:
         ("changes", "message"),
         [
             ({"step": None}, "step_1 must say how far the run had come; got TypeError"),
+            ({"step": math.inf}, "step_1 must say how far the run had come; got OverflowError"),
             ({"applied": "many"}, "step_1 must say how far the run had come; got ValueError"),
             ({"applied": 4}, "step_1 must count applied steps, steps and data in this order; got 4 applied of 3, 5 of the data"),
             ({"data_step": 2}, "step_1 must count applied steps, steps and data in this order; got 2 applied of 3, 2 of the data"),

@@ -235,6 +235,6 @@ def test_the_model_is_left_as_it_was(is_training: bool, precision: str) -> None:
 def test_the_line_of_the_log() -> None:
     figures = dict(zip(sorted(FIGURES), (2e-7, 2.5e-6, 1.5e-6, 9e-7, 1.2e-5), strict=True))
     assert describe_proof(figures) == (
-        "arithmetic against float64: forces 0.0025 meV/Å (1.5e-06 of their size), energy 0.0002 meV/atom, net force 0.0009 meV/Å,"
-        " after a rotation 0.012 meV/Å"
+        "Precision: forces are 0.0025 meV/Å off float64 (RMS; 1.5e-06 of their size), energies 0.0002 meV/atom;"
+        " largest net force 0.0009 meV/Å, largest change of forces with a rotation 0.012 meV/Å"
     )

@@ -226,6 +226,42 @@ class TestDiagnosis:
         assert diagnose(together) == expected
 
 
+class TestErrors:
+    """Of each conformer, against its labels, in float64."""
+
+    def test_largest_force_error_and_energy_error_per_atom(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        stored = make_stored(tmp_path)
+        replay = repeat(tmp_path, stored)
+        model = make_model(read_config(tmp_path / "config.yaml")).double().eval()
+        batch = stored.batches[0][0]
+        outputs = model(batch.to(CPU, torch.float64))
+        assert batch.energy is not None
+        assert batch.forces is not None
+        energy = ((outputs["energy"] - batch.energy).abs() / batch.num_atoms).tolist()
+        errors = (outputs["forces"] - batch.forces).abs().amax(dim=1)
+        forces = [float(errors[batch.graph_index == i].max()) for i in range(batch.num_graphs)]
+        found = replay.conformers[: batch.num_graphs]
+        assert [c.energy_error for c in found] == pytest.approx(energy, rel=1e-9)
+        assert [c.force_error for c in found] == pytest.approx(forces, rel=1e-9)
+        replay_module.print_replay(replay, "")
+        lines = capsys.readouterr().out.splitlines()
+        assert "E error meV/atom" in lines[5]
+        row = next(line for line in lines if line.strip().startswith("0 ("))
+        assert f"  {1e3 * energy[0]:.4g}  " in row
+
+    def test_without_labels_there_are_none(self, tmp_path: Path) -> None:
+        def remove(batches: list[GraphBatch]) -> None:
+            batches[0] = dataclasses.replace(batches[0], forces=None)
+            assert batches[1].energy is not None
+            batches[1].energy[0] = NAN
+
+        found = repeat(tmp_path, make_stored(tmp_path, edit=remove)).conformers
+        assert [math.isnan(c.force_error) for c in found] == [True] * 4 + [False] * 3
+        assert [math.isnan(c.energy_error) for c in found] == [False] * 4 + [True] + [False] * 2
+
+
 def call(folder: Path, step: int = 7) -> int:
     return run(argparse.Namespace(run_folder=folder, step=step, device="cpu"))
 
@@ -258,6 +294,7 @@ class TestCommand:
             "inf",
         )
         assert math.isfinite(content["conformers"][0]["shares"]["float32"]["gradient_norm"])
+        assert math.isfinite(content["conformers"][0]["energy_error"])
         assert read_step(tmp_path, 7).facts.step == 7, "what was written beside it does not spoil it"
 
     def test_twenty_conformers_are_shown(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,7 @@ import pytest
 from training_setup import make_config
 
 from so3krates_dist.config import GeomAttSection, RunConfig, dump_config, load_config, read_config, to_plain
-from so3krates_dist.errors import CheckpointError
+from so3krates_dist.errors import CheckpointError, ConfigError
 from so3krates_dist.train.checkpoint import IN_PLAN, MAY_CHANGE, RunFolder
 
 
@@ -66,7 +66,7 @@ class TestRunFolder:
                 config = self.replace(
                     make_config("data", tmp_path), section, name, OTHER_VALUES.get(key, self.change(value))
                 )
-                with pytest.raises(CheckpointError, match=f"another run, in which 1 setting differs: {key}="):
+                with pytest.raises(ConfigError, match=f"another run, in which 1 setting differs: {key}="):
                     RunFolder(config).check(self.FINGERPRINT)
                 refused.append(key)
         assert {"run.seed", "train.num_steps", "train.ema_decay", "model.cutoff"} <= set(refused)
@@ -121,7 +121,7 @@ class TestRunFolder:
         self.sign(tmp_path)
         other = dataclasses.replace(make_config("data", tmp_path, "train.ema_decay=0.5"), model=GeomAttSection())
         with pytest.raises(
-            CheckpointError,
+            ConfigError,
             match=r"must belong to this run; got another run, in which 2 settings differ: model\.name=euclidean_transformer"
             r" \(here geomatt\), train\.ema_decay=0\.9 \(here 0\.5\)\. Set run\.folder to another",
         ):
@@ -133,7 +133,7 @@ class TestRunFolder:
             "model.cutoff=4.5", "model.num_layers=1", "train.num_steps=50", "train.learning_rate=1e-3", "run.seed=5",
             "train.ema_decay=0.5", "train.weight_decay=0.5", "train.log_every=3",
         )  # fmt: skip
-        with pytest.raises(CheckpointError, match="in which 7 settings differ: ") as caught:
+        with pytest.raises(ConfigError, match="in which 7 settings differ: ") as caught:
             self.make(tmp_path, *settings).check(self.FINGERPRINT)
         said = str(caught.value)
         assert "\n" not in said
@@ -151,9 +151,22 @@ class TestRunFolder:
         content["train"]["checkpoint_attention"] = True
         content["model"]["precision"] = "float32"
         (tmp_path / "config.yaml").write_text(json.dumps(content))
-        self.make(tmp_path).check(self.FINGERPRINT)
-        with pytest.raises(CheckpointError, match=r"differs: train\.huber_delta=1\.0 \(here 0\.5\)"):
+        folder = self.make(tmp_path)
+        folder.check(self.FINGERPRINT)
+        assert folder.changes == ()
+        with pytest.raises(ConfigError, match=r"differs: train\.huber_delta=1\.0 \(here 0\.5\)"):
             self.make(tmp_path, "train.huber_delta=0.5").check(self.FINGERPRINT)
+
+    def test_another_precision_is_said(self, tmp_path: Path) -> None:
+        """Of a run of an earlier version, too, whose key was another one."""
+        self.sign(tmp_path)
+        content = to_plain(make_config(str(Path("data").absolute()), tmp_path))
+        del content["train"]["precision"]
+        content["model"]["precision"] = "bf16"
+        (tmp_path / "config.yaml").write_text(json.dumps(content))
+        folder = self.make(tmp_path)
+        folder.check(self.FINGERPRINT)
+        assert folder.changes == ("note: train.precision was bf16-mixed so far and is float32 from here on",)
 
     def test_a_run_of_a_later_version(self, tmp_path: Path) -> None:
         self.sign(tmp_path)

@@ -328,6 +328,29 @@ class TestFailing:
             writer.finish()
         assert find_checkpoint(tmp_path) == (tmp_path / "step_00000002", []), "the checkpoint is there all the same"
 
+    def test_an_old_one_that_cannot_be_removed(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Somebody has made it read-only: the new one counts, and the run goes on."""
+        for step in (1, 2):
+            write_checkpoint(tmp_path, step, make_tensors(step))
+        monkeypatch.setattr(saving.shutil, "rmtree", fail(OSError(13, "Permission denied")))
+        writer = make_writer(tmp_path)
+        writer.begin(3, {"step": 3}, make_tensors(3), None)
+        assert f"{tmp_path / 'step_00000001'} cannot be removed (Permission denied)" in str(writer.finish())
+        assert find_checkpoint(tmp_path) == (tmp_path / "step_00000003", [])
+
+    def test_what_is_written_at_once(self, tmp_path: Path) -> None:
+        run = tmp_path / "run"
+        run.mkdir()
+        writer = make_writer(run / "checkpoints")
+        writer.write_now((run / "a").touch)
+        assert (run / "a").is_file()
+        with pytest.raises(CheckpointError, match=r"run must find room on a disk .*; got \[Errno 28\] No space left"):
+            writer.write_now(fail(OSError(28, "No space left")))
+        run.rename(tmp_path / "moved")
+        with pytest.raises(CheckpointError, match=r"run must find room on a disk .*; got \[Errno 2\] No such file"):
+            writer.write_now(run.mkdir)
+        assert not run.exists(), "a run folder that has vanished must not come back half empty"
+
     def test_a_part_that_nobody_else_sees(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(saving, "VISIBLE_SECONDS", 0.2)
         monkeypatch.setattr(saving, "put_in_place", lambda temporary, path: path.with_name("hidden").touch())

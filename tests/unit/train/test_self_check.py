@@ -4,11 +4,14 @@ import pytest
 import torch
 from training_setup import make_config, make_graphs
 
+from so3krates_dist.data.neighbors import build_neighbors
 from so3krates_dist.distributed import Rank
+from so3krates_dist.graph import collate
 from so3krates_dist.model.potential import ModelStatistics
 from so3krates_dist.model.registry import build_model
 from so3krates_dist.train.engines import PlainEngine
-from so3krates_dist.train.self_check import TOLERANCES, _deal, _describe, check_engine
+from so3krates_dist.train.self_check import TOLERANCES, _compare, _deal, _describe, _take_step, check_engine
+from so3krates_dist.train.two_pass import TwoPass
 
 CPU = torch.device("cpu")
 GRADIENTS = {"exp_avg.a": torch.tensor([1.0, -2.0]), "exp_avg.b": torch.tensor([1e-6])}
@@ -34,8 +37,8 @@ def test_each_deviation_counts(number: int, factor: float) -> None:
     else:
         found["exp_avg.b"] += 1e-7
     text = _describe((got[0], got[1]), (1.0, 2.0), found, GRADIENTS, "float32")
-    assert text.startswith("not the same: loss deviates by") == (number < 3)
-    assert "gradient of a deviates by" in text or number == 3
+    assert text.startswith("not the same: relative deviations are loss ") == (number < 3)
+    assert "gradient of a " in text or number == 3
 
 
 def test_coarse_arithmetic_may_deviate_by_more() -> None:
@@ -51,13 +54,49 @@ def test_what_is_not_finite_anywhere_is_said(expected: tuple[float, float]) -> N
     assert text.startswith("nothing was compared, because loss or gradient of the first conformers is not finite")
 
 
+def test_conformers_without_labels_are_said() -> None:
+    zero = {name: torch.zeros_like(gradient) for name, gradient in GRADIENTS.items()}
+    text = _describe((0.0, 0.0), (0.0, 0.0), zero, zero, "float32")
+    assert text == "nothing was compared, because the first conformers have no label that is trained, or no error"
+    assert _describe((0.0, 1.0), (0.0, 0.0), GRADIENTS, zero, "float32").startswith("not ")
+
+
+@pytest.mark.parametrize("size", [1.0, 0.9])
+def test_a_wrong_forward_derivative_is_found(size: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would be the same on both sides, if both used it."""
+    config = make_config("data", "run", "train.zero_stage=0", "train.activation_checkpointing=low_memory")
+    statistics = ModelStatistics(elements=(10, 18), energy_baselines={}, energy_scale=0.5, mean_neighbors=3.0)
+    potential = build_model(config.model, statistics)
+    graphs = [build_neighbors(g, *potential.cutoffs) for g in make_graphs(3)]
+    engine = PlainEngine(potential, config.train, CPU)
+    finish = TwoPass.finish
+
+    def scale(self: TwoPass, module: torch.nn.Module, loss: torch.Tensor) -> torch.Tensor:
+        return finish(self, module, loss) * (size if self.is_active else 1.0)
+
+    monkeypatch.setattr(TwoPass, "finish", scale)
+    text = _compare(engine, engine.gather_state(), graphs, config.train, Rank(), CPU)
+    assert text.startswith("not ") == (size < 1)
+
+
+def test_what_is_trained_later_is_compared_too() -> None:
+    later = ("train.energy_weight=0", "train.final_energy_weight=0.7", "train.weights_until=5")
+    found = []
+    for settings in (later, ("train.energy_weight=0.7",), ("train.energy_weight=0",)):
+        config = make_config("data", "run", "train.zero_stage=0", *settings)
+        statistics = ModelStatistics(elements=(10, 18), energy_baselines={}, energy_scale=0.5, mean_neighbors=3.0)
+        torch.manual_seed(0)
+        engine = PlainEngine(build_model(config.model, statistics), config.train, CPU)
+        graphs = [build_neighbors(g, *engine.potential.cutoffs) for g in make_graphs(2)]
+        found.append(_take_step(engine, [collate(graphs)], graphs, config.train, CPU))
+    assert found[0] == found[1] != found[2]
+
+
 def test_an_engine_that_is_not_finite_alone_is_refused() -> None:
     assert _describe((float("nan"), 1.0), (1.0, 1.0), GRADIENTS, GRADIENTS, "float32").startswith("not the same")
 
 
 def test_conformers_are_dealt_unevenly() -> None:
-    from so3krates_dist.data.neighbors import build_neighbors
-
     graphs = [build_neighbors(g, 4.0) for g in make_graphs(3)]
     dealt = [[b.num_graphs for b in _deal(graphs, Rank(rank=r, world_size=2))] for r in range(2)]
     assert dealt == [[1, 1], [1, 0]]

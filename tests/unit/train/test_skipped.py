@@ -72,7 +72,7 @@ def assert_equal(first: GraphBatch, second: GraphBatch) -> None:
 class TestWriting:
     def test_what_was_stored_is_read(self, tmp_path: Path) -> None:
         line = store(tmp_path)
-        assert line == f"Stored step 7: `so3krates replay {tmp_path} 7` repeats it"
+        assert line == f"`so3krates replay {tmp_path} 7` repeats it"
         stored = read_step(tmp_path, 7)
         for one, two in zip(make_batches(), stored.batches[0], strict=True):
             assert_equal(one, two)
@@ -125,12 +125,16 @@ class TestWriting:
             raise OSError(errno.ENOSPC, "No space left on device")
 
         monkeypatch.setattr(skipped, name, fail)
-        assert store(tmp_path) == "Step 7 could not be stored for replay: [Errno 28] No space left on device"
+        assert store(tmp_path) == "it could not be stored for replay: [Errno 28] No space left on device"
         assert list((tmp_path / "skipped").iterdir()) == []
 
     def test_a_folder_that_cannot_be_made(self, tmp_path: Path) -> None:
         (tmp_path / "skipped").write_text("a file")
-        assert store(tmp_path).startswith("Step 7 could not be stored for replay: [Errno 20] Not a directory")
+        assert store(tmp_path).startswith("it could not be stored for replay: [Errno 17] File exists")
+
+    def test_a_run_folder_that_has_vanished_does_not_come_back(self, tmp_path: Path) -> None:
+        assert "[Errno 2] No such file or directory" in store(tmp_path / "gone")
+        assert not (tmp_path / "gone").exists()
 
     def test_the_reader_knows_every_field(self) -> None:
         """A field that is added to `GraphBatch` has to be added there too, and needs another format where it is not optional."""
@@ -298,6 +302,8 @@ def test_a_newer_format(tmp_path: Path, change: Callable[[Path], None]) -> None:
 
 
 def test_a_step_that_is_not_stored(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"nowhere must be a run folder; got no such folder\. Name the one"):
+        read_step(tmp_path / "nowhere", 3)
     with pytest.raises(
         CheckpointError, match=r"step 3 of .* must be one of the stored steps; got one that is not; stored: none\."
     ):

@@ -84,3 +84,16 @@ def test_a_step_without_some_label_does_not_count_for_it() -> None:
     assert window.summarize({"epoch": 1.0})["energy_mae_per_atom"] == pytest.approx(0.3)
     window.add(STEP | {"energy_mae_per_atom": math.nan})
     assert math.isnan(window.summarize({"epoch": 1.0})["energy_mae_per_atom"])
+
+
+def test_weights_of_the_loss_are_those_of_the_last_step() -> None:
+    window = StepWindow()
+    for weight in (0.1, 0.2):
+        window.add(STEP | {"weight/energy": weight, "weight/forces": 1.0})
+    figures = window.summarize({"epoch": 1.0})
+    assert {name: value for name, value in figures.items() if "weight" in name} == {
+        "weight/energy": 0.2,
+        "weight/forces": 1.0,
+    }
+    window.add(STEP)
+    assert not any("weight" in name for name in window.summarize({"epoch": 1.0}))

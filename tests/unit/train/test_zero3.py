@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from so3krates_dist.errors import ConfigError
-from so3krates_dist.train.zero3 import PROVED_VERSIONS, _Storages, build_zero3_options, check_zero3
+from so3krates_dist.train.zero3 import PROVED_VERSIONS, _Storages, build_zero3_options, check_zero3, find_piece
 
 
 def test_another_deepspeed_is_refused() -> None:
@@ -32,6 +32,13 @@ def test_small_weights_are_in_parts_too() -> None:
     options = build_zero3_options()
     assert options["stage3_param_persistence_threshold"] == 0
     assert options["memory_efficient_linear"] is False, "it would replace torch's function in the whole process"
+
+
+@pytest.mark.parametrize(
+    ("weights", "piece"), [([5], 5), ([1, 9, 1], 9), ([1] * 160, 10), ([1] * 161, 11), ([100] + [10] * 800, 507)]
+)
+def test_a_piece_has_room_for_the_largest_weight_and_is_a_sixteenth_of_many(weights: list[int], piece: int) -> None:
+    assert find_piece(weights) == piece
 
 
 class TestStorages:
