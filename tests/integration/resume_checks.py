@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from training_setup import train
 
-from so3krates_dist.train import loop
+from so3krates_dist.train import claim, loop
 
 
 def train_each(runs: Sequence[Sequence[str]]) -> int:
@@ -13,13 +13,13 @@ def train_each(runs: Sequence[Sequence[str]]) -> int:
     Args:
         runs: Settings of each.
     """
-    start, stop = loop.start_processes, loop.stop_processes
+    start, stop = claim.start_processes, loop.stop_processes
 
     def start_once(*arguments: object) -> None:
-        loop.start_processes = lambda *_: None
+        claim.start_processes = lambda *_: None
         start(*arguments)  # type: ignore[arg-type]
 
-    loop.start_processes, loop.stop_processes = start_once, lambda: None
+    claim.start_processes, loop.stop_processes = start_once, lambda: None
     for settings in runs:
         if code := train(settings):
             return code
