@@ -51,7 +51,7 @@ from so3krates_dist.model import geomatt
 from so3krates_dist.model.geomatt_paths import choose_path
 from so3krates_dist.model.potential import Potential
 from so3krates_dist.model.registry import build_model
-from so3krates_dist.train import budget
+from so3krates_dist.train import budget, zero3
 from so3krates_dist.train.budget import find_limits, fit_cost
 from so3krates_dist.train.engine import TrainingEngine
 from so3krates_dist.train.losses import LABELS, compute_loss, compute_weights, count_labels
@@ -77,6 +77,7 @@ class Checks:
         self.rank = read_rank()
         self.device = choose_device(device, self.rank)
         start_processes(self.rank, self.device)
+        zero3.LEAST_PIECE = 1  # many small exchanges, whose order matters: what large models have
         graphs = make_conformers(GRAPHS_PER_STEP * NUM_STEPS)
         self.steps = [graphs[i : i + GRAPHS_PER_STEP] for i in range(0, len(graphs), GRAPHS_PER_STEP)]
         self.plain: dict[tuple[Any, ...], tuple[dict[str, torch.Tensor], list[tuple[float, float]]]] = {}

@@ -17,6 +17,7 @@ from so3krates_dist.errors import CheckpointError
 from so3krates_dist.graph import collate
 from so3krates_dist.model.potential import ModelStatistics
 from so3krates_dist.model.registry import build_model
+from so3krates_dist.train import zero3
 from so3krates_dist.train.engine import TrainingEngine, build_deepspeed_config
 from so3krates_dist.train.zero3 import find_piece
 
@@ -65,7 +66,8 @@ class TestDeepspeedConfig:
     @pytest.mark.parametrize("stage", [1, 2, 3])
     def test_buckets_are_small_but_hold_the_largest_tensor(self, stage: int) -> None:
         """DeepSpeed's own of stages 1 and 2 has 2 GB; one for all gradients undoes what stage 3 saves."""
-        for weights, bucket in (([7, 3], 8), ([2] * 80, 10), ([1], 2)):
+        large = zero3.LEAST_PIECE
+        for weights, bucket in (([7, 3], 10), ([1], 2), ([large] * 80, 5 * large), ([9 * large, large], 9 * large)):
             zero = build_deepspeed_config(TrainSection(zero_stage=stage), weights)["zero_optimization"]
             assert zero["reduce_bucket_size"] == zero["allgather_bucket_size"] == bucket
 
@@ -194,7 +196,10 @@ def test_weights_are_in_parts_between_passes_at_stage_3(processes: None, checkpo
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_weights_are_lent_a_few_at_a_time_at_stage_3(processes: None, stage: int) -> None:
+def test_weights_are_lent_a_few_at_a_time_at_stage_3(
+    processes: None, stage: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(zero3, "LEAST_PIECE", 1)
     engine = build_engine(f"train.zero_stage={stage}")
     sizes = [shape.numel() for shape in engine._shapes.values()]
     lent, groups = [], []

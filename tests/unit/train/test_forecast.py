@@ -11,7 +11,7 @@ from so3krates_dist.config import TrainSection
 from so3krates_dist.data.passes import Limits, count_passes, list_passes
 from so3krates_dist.data.plan import lanes_of_rank
 from so3krates_dist.data.stream import TrainingStream
-from so3krates_dist.train import forecast
+from so3krates_dist.train import forecast, zero3
 from so3krates_dist.train.inputs import open_data
 from so3krates_dist.train.planning import build_schedule
 
@@ -33,6 +33,12 @@ def predict(world_size=4, passes=1, **options) -> tuple[float, ...]:
 
 BUFFER = LARGEST / COPY
 """The bucket for gradients has that size too, where the largest tensor has more than a sixteenth of all weights"""
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As large models have them."""
+    monkeypatch.setattr(zero3, "LEAST_PIECE", 1)
 
 
 @pytest.mark.parametrize(

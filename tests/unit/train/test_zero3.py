@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from so3krates_dist.errors import ConfigError
+from so3krates_dist.train import zero3
 from so3krates_dist.train.zero3 import PROVED_VERSIONS, _Storages, build_zero3_options, check_zero3, find_piece
 
 
@@ -37,8 +38,16 @@ def test_small_weights_are_in_parts_too() -> None:
 @pytest.mark.parametrize(
     ("weights", "piece"), [([5], 5), ([1, 9, 1], 9), ([1] * 160, 10), ([1] * 161, 11), ([100] + [10] * 800, 507)]
 )
-def test_a_piece_has_room_for_the_largest_weight_and_is_a_sixteenth_of_many(weights: list[int], piece: int) -> None:
+def test_a_piece_has_room_for_the_largest_weight_and_is_a_sixteenth_of_many(
+    weights: list[int], piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(zero3, "LEAST_PIECE", 1)
     assert find_piece(weights) == piece
+
+
+def test_small_models_are_one_piece() -> None:
+    assert find_piece([100] * 1000) == 100_000
+    assert find_piece([zero3.LEAST_PIECE // 2] * 8) == zero3.LEAST_PIECE
 
 
 class TestStorages:
