@@ -280,7 +280,7 @@ class Potential(ConstantsModule):
         compute_dtype = torch.bfloat16 if name == "bf16-mixed" else None
         for module in self.modules():
             if hasattr(type(module), "compute_dtype"):
-                module.compute_dtype = compute_dtype  # type: ignore[assignment]
+                module.compute_dtype = compute_dtype  # type: ignore[assignment] # it has one, as asked above
 
     def check_structure(self, graph: Graph) -> None:
         """Raise `DataError` where the model means nothing for a structure: elements, periodic directions, electrons."""

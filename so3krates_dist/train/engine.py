@@ -239,7 +239,7 @@ class TrainingEngine:
     def _optimizer_state(self) -> dict[torch.Tensor, dict[str, torch.Tensor]]:
         """AdamW's own state: per weight at stage 0, per flat partition of a group under ZeRO."""
         optimizer = self._engine.optimizer
-        return optimizer.state if self._stage == 0 else optimizer.optimizer.state  # type: ignore[no-any-return]
+        return optimizer.state if self._stage == 0 else optimizer.optimizer.state  # type: ignore[no-any-return] # DeepSpeed's
 
     def _count_optimizer_steps(self) -> int:
         return max(int(moments["step"]) for moments in self._optimizer_state().values())
@@ -266,8 +266,8 @@ class TrainingEngine:
         if self._stage == 0:
             return weight if kind == "weight" else self._optimizer_state()[weight][kind]
         if kind == "weight":
-            return utilities.safe_get_full_fp32_param(weight)  # type: ignore[no-any-return]
-        return utilities.safe_get_full_optimizer_state(weight, kind)  # type: ignore[no-any-return]
+            return utilities.safe_get_full_fp32_param(weight)  # type: ignore[no-any-return] # DeepSpeed's
+        return utilities.safe_get_full_optimizer_state(weight, kind)  # type: ignore[no-any-return] # DeepSpeed's
 
     @torch.no_grad()
     def _set_whole(self, weight: torch.nn.Parameter, kind: str, value: torch.Tensor) -> None:

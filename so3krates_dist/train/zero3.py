@@ -107,7 +107,7 @@ class _Storages:
         known = self._known.get(tensor.untyped_storage()._cdata) if tensor.numel() else None
         for start, weight in known[1].items() if known else ():
             offset = int(tensor.storage_offset()) - start
-            if 0 <= offset < weight.ds_numel and tensor.dtype == weight.dtype:  # type: ignore[attr-defined]
+            if 0 <= offset < weight.ds_numel and tensor.dtype == weight.dtype:  # type: ignore[attr-defined] # DeepSpeed's
                 return _Note(weight, tensor.size(), tensor.stride(), offset)
         return None
 
@@ -122,7 +122,7 @@ def _is_gone(reference: StorageWeakRef) -> bool:
 
 def _group(weights: list[nn.Parameter]) -> list[list[nn.Parameter]]:
     """Return consecutive groups of no more numbers than `find_piece` allows."""
-    sizes = [int(w.ds_numel) for w in weights]  # type: ignore[attr-defined]
+    sizes = [int(w.ds_numel) for w in weights]  # type: ignore[attr-defined] # DeepSpeed's
     limit, held = find_piece(sizes), 0
     groups: list[list[nn.Parameter]] = [[]]
     for weight, size in zip(weights, sizes, strict=True):
@@ -147,34 +147,37 @@ class PartitionedWeights:
         self._weights: list[nn.Parameter] = list(model.parameters())
         self._groups = _group(self._weights)
         self._storages = _Storages()
-        self._shapes = {w: torch.zeros((), dtype=w.dtype, device=w.device).expand(w.ds_shape) for w in self._weights}  # type: ignore[attr-defined]
+        self._shapes = {
+            w: torch.zeros((), dtype=w.dtype, device=w.device).expand(w.ds_shape)  # type: ignore[attr-defined] # DeepSpeed's
+            for w in self._weights
+        }
         optimizer.parameter_offload._remove_module_hooks()
         for module in model.modules():
             if next(module.parameters(recurse=False), None) is not None:
                 module.register_forward_pre_hook(self._before_module)
                 module.register_forward_hook(self._after_module, always_call=True)
         for weight in self._weights:
-            weight.register_hook(self._make_shape_hook(weight))  # type: ignore[no-untyped-call]
+            weight.register_hook(self._make_shape_hook(weight))  # type: ignore[no-untyped-call] # torch's
             # After DeepSpeed's, which was there before.
-            weight.register_post_accumulate_grad_hook(self._after_gradient)  # type: ignore[no-untyped-call]
+            weight.register_post_accumulate_grad_hook(self._after_gradient)  # type: ignore[no-untyped-call] # torch's
 
     # --------------------------------------------------------------------------------------------------------- together
 
     def _gather(self, weights: list[nn.Parameter]) -> None:
         missing = [w for w in weights if not self._has(w)]
         if missing:
-            missing[0].all_gather(missing)  # type: ignore[attr-defined]
+            missing[0].all_gather(missing)  # type: ignore[attr-defined] # DeepSpeed's
             for weight in missing:
                 self._storages.add(weight)
 
     def _scatter(self, weights: list[nn.Parameter]) -> None:
         present = [w for w in weights if self._has(w)]
         if present:
-            present[0].partition(present)  # type: ignore[attr-defined]
+            present[0].partition(present)  # type: ignore[attr-defined] # DeepSpeed's
 
     @staticmethod
     def _has(weight: nn.Parameter) -> bool:
-        return weight.ds_status.name == "AVAILABLE"  # type: ignore[attr-defined, no-any-return]
+        return weight.ds_status.name == "AVAILABLE"  # type: ignore[attr-defined, no-any-return] # DeepSpeed's
 
     def _before_module(self, module: nn.Module, inputs: Any) -> None:
         self._gather(list(module.parameters(recurse=False)))
@@ -197,7 +200,7 @@ class PartitionedWeights:
 
     def _gather_when_used(self, choice: bool) -> None:
         for module in self._model.modules():
-            module._parameters._in_forward = choice  # type: ignore[attr-defined]
+            module._parameters._in_forward = choice  # type: ignore[attr-defined] # DeepSpeed's
 
     def lend(self) -> Iterator[list[torch.Tensor]]:
         """Lend all weights, whole, in groups of `find_piece` numbers at most, each until the next; all processes must do it."""
@@ -212,13 +215,13 @@ class PartitionedWeights:
                 self._storages.forget()
 
     def _pack(self, tensor: torch.Tensor) -> Any:
-        if hasattr(tensor, "ds_id") and self._has(tensor):  # type: ignore[arg-type]
+        if hasattr(tensor, "ds_id") and self._has(tensor):  # type: ignore[arg-type] # a weight, as it has been asked
             self._storages.add(tensor)  # type: ignore[arg-type] # DeepSpeed may have gathered it
         return self._storages.describe(tensor) or tensor
 
     def _unpack(self, kept: Any) -> torch.Tensor:
         if not isinstance(kept, _Note):
-            return kept  # type: ignore[no-any-return]
+            return kept  # type: ignore[no-any-return] # a tensor: all but notes
         was_there = self._has(kept.weight)
         self._gather([kept.weight])
         whole = kept.weight.data
@@ -254,7 +257,7 @@ class PartitionedWeights:
     @property
     def flat_weights(self) -> list[torch.Tensor]:
         """What the optimizer steps: this process's parts of the weights, one tensor for each group."""
-        return self._optimizer.fp32_partitioned_groups_flat  # type: ignore[no-any-return]
+        return self._optimizer.fp32_partitioned_groups_flat  # type: ignore[no-any-return] # DeepSpeed's
 
     def get(self, weight: nn.Parameter, kind: str) -> torch.Tensor:
         """Return a whole weight or moment; all processes must call it.
@@ -281,4 +284,4 @@ class PartitionedWeights:
         ]  # parts are of equal size; the last ones may be longer than what is left
         part[: own.numel()].copy_(own)
         if kind == "weight":
-            weight.ds_tensor[: own.numel()].copy_(own)  # type: ignore[attr-defined]
+            weight.ds_tensor[: own.numel()].copy_(own)  # type: ignore[attr-defined] # DeepSpeed's
