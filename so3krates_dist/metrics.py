@@ -200,9 +200,7 @@ class WandbMirror:
         """Do something with W&B; where it fails, go on without W&B."""
         try:
             action()
-        except (
-            Exception
-        ) as error:  # wandb raises its own errors, OSError, BrokenPipe, asyncio's...: none may stop a run
+        except Exception as error:  # wandb raises its own errors, OSError, asyncio's: none may stop a run
             self._run = None
             _abandon_service()
             self._say(f"W&B is off from here on: {what} failed ({_first_line(error)}). {METRICS_NAME} is complete")
